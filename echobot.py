@@ -1,0 +1,1334 @@
+#!/usr/bin/env python3
+"""A Facebook Messenger bot that says back what it is told: one file, the standard library, nothing else.
+
+The life of a message:
+
+ 1. Messenger POSTs a delivery to the webhook.  A thread of its own reads it (`read_request`), within bounds.
+ 2. `handle_messages` checks its signature, and only then parses it.
+ 3. `messaging_events` finds what each event in it owes: `reply`, the one function to make your own, says what.
+ 4. The `Outbox` sends each reply once, in each person's order, until Graph has accepted or refused it.
+ 5. Then the delivery is answered 200.  What takes longer than 4 s is answered 503, and goes on in the background:
+    Messenger brings the delivery again, and finds its replies under way or sent.
+
+So a 200 means done.  A reply is sent at least once, and twice only where Graph took it without saying so, or where
+the delivery was brought again to another process.
+
+    python echobot.py                 serve the webhook
+    python echobot.py chat            talk to the bot on this machine; no account, no network
+    python echobot.py check [URL]     find out why a live bot does not answer
+
+The settings are environment variables:
+
+    PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
+    APP_SECRET          the app's secret, with which deliveries are signed; a token needs it, save with ALLOW_UNSIGNED=1
+    VERIFY_TOKEN        what the webhook's set-up page must send
+    HOST, PORT          where to listen: 0.0.0.0 and 5000
+    GRAPH_URL           the Graph API and its version: https://graph.facebook.com/v26.0
+    LOG_LEVEL           DEBUG, INFO, WARNING, ERROR or CRITICAL; the log goes to standard error
+"""
+from __future__ import annotations
+
+import argparse
+import base64
+import bisect
+import collections
+import concurrent.futures
+import email.utils
+import functools
+import hashlib
+import hmac
+import http
+import http.client
+import itertools
+import json
+import logging
+import os
+import random
+import re
+import signal
+import socket
+import socketserver
+import ssl
+import sys
+import threading
+import time
+import traceback
+import unicodedata
+import urllib.parse
+import urllib.request
+from http.server import ThreadingHTTPServer
+from io import BufferedReader
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+
+__version__ = "1.0"
+log = logging.getLogger("echobot")
+
+
+# ---- What the bot says: make this yours ----------------------------------------------------------------------------
+
+def reply(message: Mapping[str, Any]) -> Optional[str]:
+    """Return what the bot says to `message`; None or an empty text says nothing.
+
+    `message` is a person's message as Messenger describes it, {"mid": …, "text": …, "attachments": […], …}, or a press
+    on a button, {"title": …, "payload": …}.  `text` and `title` are texts, or they are absent.
+    """
+    return message.get("text") or message.get("title") or "I can't echo this"
+
+
+# ---- Limits --------------------------------------------------------------------------------------------------------
+
+TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for a text
+JSON_DEPTH = 100             # levels; Messenger sends about ten, and the parser recurses on a small stack
+LINE_BYTES = 8 * 1024        # of a request line or one header field, as in nginx
+HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its routers send about one KiB
+BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
+PIECE_BYTES = 64 * 1024      # reserved at a time for a body, however much is announced
+STACK_BYTES = 256 * 1024     # of a thread; the default of 8 MiB would fill a small host with nothing
+BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
+SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
+TICK = 0.05                  # s between two looks at the deadlines
+
+
+class Limits(NamedTuple):
+    """The bounds that a test, or `chat`, may want smaller; times in seconds."""
+
+    answer: float = 4.0         # for a delivery: Messenger wants its answer within 5
+    request: float = 10.0       # for a request to arrive whole: deliveries are small
+    idle: float = 120.0         # for a connection between requests: Heroku's router keeps 90, and must close first
+    linger: float = 2.0         # for a client to read why it was refused
+    connections: int = 500      # at once, a thread each; more wait in the backlog
+    senders: int = 300          # deliveries' threads that send to Graph at once: its 300 a second, at 1 s each
+    crew: int = 100             # further threads that do, for deliveries of several people and for second tries
+    pending: int = 10_000       # messages not settled yet, pieces of long texts counted: 80 MB at the very most
+    remembered: int = 10_000    # settled replies that are not sent again: half a minute at Graph's 300 a second
+    retry: float = 60.0         # from the first failure of a reply until it is given up
+    first_pause: float = 0.5    # before the second try; each further pause is twice as long
+    longest_pause: float = 8.0  # between two tries, so that there are about ten
+    outage: float = 600.0       # of failure without a break, after which deliveries are let go: after 3600 the
+    #                             webhook would be unsubscribed, and someone would have to mend it by hand
+    graph: float = 20.0         # for an exchange with Graph, which answers within one or two as a rule
+    drain: float = 25.0         # for replies after SIGTERM: Heroku kills after 30
+
+
+# ---- Settings ------------------------------------------------------------------------------------------------------
+
+class Settings(NamedTuple):
+    """What the environment says, checked."""
+
+    token: str = ""
+    secret: str = ""
+    verify_token: str = "my_voice_is_my_password_verify_me"
+    host: str = "0.0.0.0"
+    port: int = 5000
+    graph_url: str = "https://graph.facebook.com/v26.0"
+    log_level: str = "INFO"
+
+    def __repr__(self) -> str:
+        """Return nothing of the values: three of them are secrets."""
+        return "Settings(…)"
+
+
+class SettingsError(Exception):
+    """Settings that are wrong; `args` has a line for each, which never quotes a value."""
+
+
+def settings_from(environ: Mapping[str, str]) -> Settings:
+    """Return the settings of `environ`; raise SettingsError with everything that is wrong with them."""
+    def value(name: str, default: str) -> str:
+        return unquoted(environ.get(name, "")) or default
+
+    settings = Settings(
+        token=value("PAGE_ACCESS_TOKEN", ""),
+        secret=value("APP_SECRET", ""),
+        verify_token=value("VERIFY_TOKEN", Settings().verify_token),
+        host=value("HOST", Settings().host),
+        port=port_number(value("PORT", str(Settings().port))),
+        graph_url=value("GRAPH_URL", Settings().graph_url).rstrip("/"),
+        log_level=value("LOG_LEVEL", Settings().log_level).upper(),
+    )
+    wrong = list(wrong_settings(settings, value("ALLOW_UNSIGNED", "0")))
+    if wrong:
+        raise SettingsError(*wrong)
+    return settings
+
+
+def unquoted(text: str) -> str:
+    """Return `text` without the white space and the pair of quotes around it that get pasted along."""
+    text = text.strip()
+    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
+
+
+def port_number(text: str) -> int:
+    """Return the TCP port that `text` names, or -1."""
+    return int(text) if re.fullmatch("[0-9]{1,5}", text) and int(text) < 65536 else -1
+
+
+def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
+    """Yield a line for each thing that is wrong: what, and how to mend it."""
+    for name, secret in ("PAGE_ACCESS_TOKEN", settings.token), ("APP_SECRET", settings.secret):
+        if not re.fullmatch("[!-~]*", secret):
+            yield name + " has a space or a character in it that none has: copy it again, all of it and nothing else"
+    if settings.token and not settings.secret and allow_unsigned != "1":
+        yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to the "
+               "app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
+    if allow_unsigned not in ("0", "1"):
+        yield "ALLOW_UNSIGNED must be 1 or 0: set it to 1 to take deliveries from anybody, or remove it"
+    if settings.port < 0:
+        yield "PORT (or --port) must be a whole number from 0 to 65535: set it to the port to listen on, such as 5000"
+    if not valid_url(settings.graph_url):
+        yield "GRAPH_URL must be a plain http or https URL: remove it, or set it to one like " + Settings().graph_url
+    if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
+        yield "LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL: set it to one of these, or remove it"
+
+
+def valid_url(url: str) -> bool:
+    """Return whether `url` is http or https, names a host, and has no user, query or fragment."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        usable = parts.port != 0 and bool(parts.hostname)
+    except ValueError:
+        return False
+    return usable and parts.scheme in ("http", "https") and bool(re.fullmatch("[!-~]+", url)) and not set("?#@") & set(url)
+
+
+# ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
+
+class Refusal(Exception):
+    """What is wrong with a request, as the answer to it: `status`, a line of `text`, and `why` for the log."""
+
+    def __init__(self, status: int, text: str, why: str = "") -> None:
+        super().__init__(status, text)
+        self.status, self.text, self.why = status, text, why or text
+
+
+def challenge(query: Mapping[str, str], verify_token: str) -> str:
+    """Return the challenge to say back to a webhook verification; raise Refusal, with what differed, to a wrong one."""
+    wrong = functools.partial(Refusal, 403, "Error, wrong validation token")
+    if "hub.verify_token" not in query:
+        raise wrong("verification refused: hub.verify_token is missing")
+    if not hmac.compare_digest(as_bytes(query["hub.verify_token"]), as_bytes(verify_token)):
+        raise wrong("verification refused: hub.verify_token is not this bot's VERIFY_TOKEN: make them the same")
+    if query.get("hub.mode", "subscribe") != "subscribe":
+        raise wrong("verification refused: hub.mode is not subscribe")
+    return query.get("hub.challenge", "")
+
+
+def as_bytes(text: str) -> bytes:
+    """Return `text` in UTF-8, lone surrogates and all."""
+    return text.encode("utf-8", "surrogatepass")
+
+
+def signature(secret: str, body: bytes) -> str:
+    """Return the X-Hub-Signature-256 of `body`, the raw bytes of a delivery."""
+    return "sha256=" + hmac.digest(secret.encode(), body, "sha256").hex()
+
+
+def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
+    """Raise Refusal unless `given` is the signature of `body`."""
+    wrong = functools.partial(Refusal, 403, "The delivery is not signed with the app's secret.")
+    if given is None:
+        raise wrong("delivery refused: X-Hub-Signature-256 is missing")
+    if not re.fullmatch("sha256=[0-9a-fA-F]{64}", given):
+        raise wrong("delivery refused: X-Hub-Signature-256 is malformed")
+    if not hmac.compare_digest(given.lower(), signature(secret, body)):
+        raise wrong("delivery refused: X-Hub-Signature-256 does not match: check APP_SECRET")
+
+
+def parse_json(raw: bytes) -> Any:
+    """Return the value of `raw`; raise ValueError if it is not JSON in UTF-8, or nested deeper than JSON_DEPTH.
+
+    Python's parser recurses in C: in a thread with a small stack a deep text would end the process.
+    """
+    text = raw.decode("utf-8")
+    if text.count("[") + text.count("{") > JSON_DEPTH and depth(text) > JSON_DEPTH:
+        raise ValueError("too deep")
+    return STRICT_JSON.decode(text)
+
+
+def depth(text: str) -> int:
+    """Return how deep the JSON `text` nests, up to its first error."""
+    outside_strings = text.replace("\\\\", "").replace('\\"', "").split('"')[::2]
+    brackets = re.findall(r"[\[{}\]]", "".join(outside_strings))
+    return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
+
+
+def refuse_constant(name: str) -> None:
+    """Raise ValueError: Python's parser takes NaN and Infinity, JSON has neither."""
+    raise ValueError(name)
+
+
+STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+
+
+class Malformed(Exception):
+    """An event that breaks Messenger's rules."""
+
+
+class Owed(NamedTuple):
+    """A reply that a delivery owes."""
+
+    key: bytes       # what tells its event from every other
+    recipient: str   # whom to send it to: the event's sender
+    mid: str         # Messenger's name of the event, for the log; may be empty
+    text: str
+
+
+def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
+    """Yield the page's id and the event, for each item of `messaging` in each `entry` of a delivery.
+
+    What is not a list or an object where one belongs is yielded as an event, for `owed_to` to complain of.
+    """
+    if payload.get("object") != "page":
+        return
+    for entry in as_list(payload.get("entry")):
+        if not isinstance(entry, dict):
+            yield "", entry
+            continue
+        for event in as_list(entry.get("messaging")):
+            yield identity(entry), event
+
+
+def as_list(value: Any) -> List[Any]:
+    """Return `value` as the list that it ought to be, with nothing in it where there is none."""
+    return value if isinstance(value, list) else [] if value is None else [value]
+
+
+def owed_to(page: str, event: Any) -> Optional[Owed]:
+    """Return the reply that is owed to `event`, or None; raise Malformed if it is not an event.
+
+    Messages and postbacks of persons are owed one, and nothing else: not what a page says, itself included.
+    """
+    if not isinstance(event, dict):
+        raise Malformed("it is not an object")
+    kind = next((kind for kind in ("message", "postback") if event.get(kind) is not None), None)
+    if kind is None:
+        return None
+    message = checked(kind, event[kind])
+    sender = identity(event.get("sender"))
+    if sender in ("", page, identity(event.get("recipient"))) or message.get("is_echo") or message.get("is_deleted"):
+        return None
+    text = reply(message)
+    if not text:
+        return None
+    mid = message["mid"] if isinstance(message.get("mid"), str) else ""
+    name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
+    return Owed(hashlib.sha256(as_bytes(name)).digest(), sender, mid, text)
+
+
+def identity(party: Any) -> str:
+    """Return the id of a sender, recipient or entry, or an empty text."""
+    value = party.get("id") if isinstance(party, dict) else None
+    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+
+
+def checked(kind: str, message: Any) -> Dict[str, Any]:
+    """Return `message`; raise Malformed where it is not what `reply` is promised."""
+    if not isinstance(message, dict):
+        raise Malformed("its %s is not an object" % kind)
+    for name in "text", "title":
+        if not isinstance(message.get(name, ""), (str, type(None))):
+            raise Malformed("the %s of its %s is not a text" % (name, kind))
+    return message
+
+
+def pieces(text: str) -> List[str]:
+    """Return `text` cut into messages that Graph takes, none longer than TEXT_UNITS, to be joined again as they are."""
+    result, start = [], 0
+    while len(text) - start > TEXT_UNITS // 2:
+        end = furthest(text, start)
+        if end == len(text):
+            break
+        cut = best_cut(text, start, end)
+        result.append(text[start:cut])
+        start = cut
+    return result + [text[start:]]
+
+
+def furthest(text: str, start: int) -> int:
+    """Return the end of the longest piece from `start` that Graph takes."""
+    units = itertools.accumulate(2 if c > "\uffff" else 1 for c in text[start:start + TEXT_UNITS])
+    return start + bisect.bisect_right(list(units), TEXT_UNITS)
+
+
+def best_cut(text: str, start: int, end: int) -> int:
+    """Return where to end a piece: after white space in its second half, else between two characters, else at `end`."""
+    def between(first: int) -> Iterator[int]:
+        return (at for at in range(end, first, -1) if not inside_character(text, start, at))
+
+    after_space = (at for at in between((start + end) // 2) if text[at - 1].isspace())
+    return next(itertools.chain(after_space, between(start)), end)
+
+
+def inside_character(text: str, start: int, at: int) -> bool:
+    """Return whether `text`, from `start` on, is within what a reader sees as one character at `at`."""
+    before, after = text[at - 1], text[at]
+    if before == "\u200d" or after == "\u200d" or before + after == "\r\n":
+        return True
+    if "\U0001f1e6" <= after <= "\U0001f1ff":  # a flag is two of these letters
+        letters = re.search("[\U0001f1e6-\U0001f1ff]*$", text[start:at])
+        return letters is not None and len(letters.group()) % 2 == 1
+    return (unicodedata.category(after) in ("Mn", "Mc", "Me")
+            or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"
+            or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
+
+
+# ---- HTTP, as both halves of the bot read it -----------------------------------------------------------------------
+#
+# Python's own parser takes what RFC 9112 has a server refuse (two lengths, folded lines, chunks read as requests), and
+# run for a request and again for Graph's answer it costs half of the processor's time.
+
+Fields = Dict[str, str]
+CHUNKED = -1
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
+STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?")
+FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*" % TOKEN)
+HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
+
+
+def read_line(file: BufferedReader, too_long: int) -> str:
+    """Return the next line without its end; raise Refusal with status `too_long` where it is."""
+    line = file.readline(LINE_BYTES + 1)
+    if len(line) > LINE_BYTES:
+        raise Refusal(too_long, "A line is longer than %d bytes." % LINE_BYTES)
+    if not line.endswith(b"\n"):
+        raise Refusal(400, "The message broke off.")
+    return line[:-2 if line.endswith(b"\r\n") else -1].decode("latin-1")
+
+
+def read_fields(file: BufferedReader) -> Fields:
+    """Return the header fields by their names in lower case, values of the same name joined by a comma.
+
+    So a length or a host that is given twice is no length and no host.
+    """
+    fields: Fields = {}
+    room = HEAD_BYTES
+    for line in iter(lambda: read_line(file, 431), ""):
+        room -= len(line)
+        match = FIELD.fullmatch(line)
+        if room < 0:
+            raise Refusal(431, "The header fields are longer than %d bytes." % HEAD_BYTES)
+        if match is None:
+            raise Refusal(400, "A header field is malformed.")
+        name, value = match.group(1).lower(), match.group(2)
+        fields[name] = fields[name] + ", " + value if name in fields else value
+    return fields
+
+
+def framing(fields: Fields) -> Optional[int]:
+    """Return how many bytes of body follow, CHUNKED, or None where the fields do not say; raise Refusal in doubt."""
+    length, coding = fields.get("content-length"), fields.get("transfer-encoding")
+    if coding is not None:
+        codings = [name.strip().lower() for name in coding.split(",")]
+        if length is not None or "chunked" in codings[:-1]:
+            raise Refusal(400, "Where the body ends is in doubt: chunked goes last, and without a Content-Length.")
+        if codings != ["chunked"]:
+            raise Refusal(501, "The only transfer coding known here is chunked.")
+        return CHUNKED
+    if length is None:
+        return None
+    if not re.fullmatch("[0-9]+", length):
+        raise Refusal(400, "Content-Length is not a number.")
+    return bounded_length(length.lstrip("0") or "0")
+
+
+def bounded_length(digits: str) -> int:
+    """Return the number of bytes; raise Refusal beyond BODY_BYTES."""
+    if len(digits) > len(str(BODY_BYTES)) or int(digits) > BODY_BYTES:
+        raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
+    return int(digits)
+
+
+def read_body(file: BufferedReader, length: int) -> bytes:
+    """Return the body of a message framed by `length`, bytes or CHUNKED."""
+    return b"".join(chunks(file) if length == CHUNKED else exactly(file, length))
+
+
+def exactly(file: BufferedReader, size: int) -> Iterator[bytes]:
+    """Yield the next `size` bytes, PIECE_BYTES at a time, so that an announced body takes no memory until it comes."""
+    while size:
+        piece = file.read(min(size, PIECE_BYTES))
+        if not piece:
+            raise Refusal(400, "The message broke off.")
+        yield piece
+        size -= len(piece)
+
+
+def chunks(file: BufferedReader) -> Iterator[bytes]:
+    """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here."""
+    room = BODY_BYTES
+    while True:
+        match = CHUNK_LINE.fullmatch(file.readline(LINE_BYTES))
+        if match is None:
+            raise Refusal(400, "A chunk is malformed.")
+        size = int(match.group(1), 16)
+        if not size:
+            break
+        room -= size
+        if room < 0:
+            raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
+        yield from exactly(file, size)
+        if file.read(2) != b"\r\n":
+            raise Refusal(400, "A chunk is malformed.")
+    read_fields(file)
+
+
+# ---- Deadlines -----------------------------------------------------------------------------------------------------
+
+class Deadlines:
+    """Who has until when.  Whoever takes an entry out may act, and nobody else: the one in time, or the watch."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
+        self.entries: Dict[object, Tuple[float, Callable[[], None]]] = {}
+        self.lock = threading.Lock()
+
+    def set(self, who: object, seconds: float, late: Callable[[], None]) -> None:
+        """Have `late` called, unless `who` meets the deadline before."""
+        self.entries[who] = self.clock() + seconds, late
+
+    def meet(self, who: object) -> bool:
+        """Take `who` out; return False if it is too late."""
+        with self.lock:
+            return self.entries.pop(who, None) is not None
+
+    def enforce(self) -> None:
+        """Act on whoever is late."""
+        now = self.clock()
+        for who, entry in self.entries.copy().items():
+            if entry[0] <= now and self.take(who, entry):
+                guarded(entry[1])
+
+    def take(self, who: object, entry: Tuple[float, Callable[[], None]]) -> bool:
+        """Take `who` out if it still has this very deadline; return whether it had."""
+        with self.lock:
+            return self.entries.get(who) is entry and self.entries.pop(who) is entry
+
+
+def guarded(action: Callable[[], None]) -> None:
+    """Do `action`; a bug in it is logged, and stops nothing else."""
+    try:
+        action()
+    except Exception:
+        log.exception("a bug: please report it")
+
+
+# ---- Graph ---------------------------------------------------------------------------------------------------------
+
+class Response(NamedTuple):
+    """An HTTP server's answer."""
+
+    status: int
+    fields: Fields
+    body: bytes
+
+
+class Link:
+    """A connection to an HTTP server, and what has been read ahead from it."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock, self.file = sock, sock.makefile("rb")
+
+    def exchange(self, request: bytes) -> Response:
+        """Return the server's answer; raise ConnectionError if it closed instead, Refusal if it is not HTTP."""
+        self.sock.sendall(request)
+        if not self.file.peek(1):
+            raise ConnectionError("the connection was closed without an answer")
+        status = "1"
+        while status.startswith("1"):  # such as 100 Continue: the answer proper is still to come
+            match = STATUS_LINE.fullmatch(read_line(self.file, 400))
+            if match is None:
+                raise Refusal(400, "The answer is not HTTP.")
+            status, fields = match.group(1), read_fields(self.file)
+        length = framing(fields)
+        if length is None:
+            return Response(int(status), dict(fields, connection="close"), self.file.read(BODY_BYTES))
+        return Response(int(status), fields, read_body(self.file, length))
+
+    def abort(self) -> None:
+        """End an exchange that takes too long, from another thread: this one reads an end of file."""
+        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.file.close()
+        self.sock.close()
+
+
+class Client:
+    """Calls one HTTP server, by the proxies of the environment, over connections that are kept open.
+
+    urllib.request would open a connection for each call, and http.client write and parse at twice the cost; what they
+    know of proxies, tunnels and certificates is used here.
+    """
+
+    def __init__(self, url: str, timeout: float, deadlines: Deadlines, proxies: Optional[Dict[str, str]] = None) -> None:
+        parts = urllib.parse.urlsplit(url)
+        self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
+        self.context = ssl.create_default_context() if parts.scheme == "https" else None
+        self.proxy, self.proxy_fields = proxy_for(parts.scheme, parts.netloc, proxies)
+        self.idle: List[Link] = []
+
+    def call(self, method: str, path: str, body: bytes = b"", **fields: str) -> Response:
+        """Return the server's answer; raise OSError, http.client.HTTPException or Refusal where there is none."""
+        request = self.compose(method, path, body, fields)
+        try:
+            return self.exchange(self.idle.pop(), request)
+        except (IndexError, ConnectionError, ssl.SSLError):  # none is open, or the server has closed it while idle
+            return self.exchange(self.connect(), request)
+
+    def compose(self, method: str, path: str, body: bytes, fields: Fields) -> bytes:
+        """Return the bytes of a request."""
+        target = self.base + path
+        fields = dict(fields, Host=self.host, Content_Length=str(len(body)), User_Agent="echobot/" + __version__)
+        if self.proxy and not self.context:
+            target = "http://%s%s" % (self.host, target)
+            fields.update(self.proxy_fields)
+        lines = ["%s %s HTTP/1.1" % (method, target)]
+        lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in fields.items()]
+        return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
+
+    def connect(self) -> Link:
+        """Return a new connection, by way of the proxy if there is one."""
+        connection = http.client.HTTPConnection(self.proxy or self.host, timeout=self.timeout)
+        if self.context:
+            connection = http.client.HTTPSConnection(self.proxy or self.host, timeout=self.timeout, context=self.context)
+            if self.proxy:
+                connection.set_tunnel(self.host, headers=self.proxy_fields)
+        connection.connect()
+        return Link(connection.sock)
+
+    def exchange(self, link: Link, request: bytes) -> Response:
+        """Return the server's answer, and keep the connection if it can be used again."""
+        keep = False
+        self.deadlines.set(link, self.timeout, link.abort)
+        try:
+            response = link.exchange(request)
+            keep = "close" not in response.fields.get("connection", "").lower()
+            return response
+        finally:
+            if self.deadlines.meet(link) and keep:
+                self.idle.append(link)
+            else:
+                link.close()
+
+    def close(self) -> None:
+        """Close the connections that nobody uses."""
+        while self.idle:
+            self.idle.pop().close()
+
+
+def proxy_for(scheme: str, host: str, proxies: Optional[Dict[str, str]]) -> Tuple[str, Fields]:
+    """Return the name and port of the proxy to `host`, if any, and the field that it wants; None: the environment's."""
+    if proxies is None:
+        proxies = {} if urllib.request.proxy_bypass(host) else urllib.request.getproxies()
+    user, _, address = urllib.parse.urlsplit("//" + proxies.get(scheme, "").split("://")[-1]).netloc.rpartition("@")
+    basic = base64.b64encode(urllib.parse.unquote_to_bytes(user)).decode()
+    return address, {"Proxy-Authorization": "Basic " + basic} if user else {}
+
+
+class Passing(Exception):
+    """A failure that may pass: `reason`, and how many seconds the server asks to wait."""
+
+    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
+        super().__init__(reason)
+        self.reason, self.retry_after = reason, retry_after
+
+
+class ForGood(Exception):
+    """Graph's refusal of a call, with what it means."""
+
+
+PASSING = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
+MEANINGS: Dict[Any, str] = {
+    1: "Graph has an unknown problem: nothing to do",
+    2: "Graph is down, or the person has blocked the page: nothing to do",
+    4: "the app makes too many calls: send less",
+    10: "the page may not write to this person, who last wrote more than 24 hours ago, or the app lacks permission: "
+        "ask for pages_messaging in app review",
+    17: "the user makes too many calls: send less",
+    32: "the page makes too many calls: send less",
+    100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
+    102: "the session is over: make a new PAGE_ACCESS_TOKEN",
+    190: "the token is not valid any more: make a new PAGE_ACCESS_TOKEN",
+    230: "a permission is missing: ask for pages_messaging in app review",
+    341: "the app has reached a limit: send less",
+    368: "Facebook has blocked the page or the app for its behaviour: see the page's support inbox",
+    551: "the person is not available: nothing to do",
+    613: "calls come too fast: send less",
+    1200: "the message could not be sent for now: nothing to do",
+    80006: "the page sends too many messages: send less",
+    1545041: "the 24 hours in which the page may answer are over: wait until the person writes again",
+}
+
+
+def judge(response: Response) -> Dict[str, Any]:
+    """Return what Graph says; raise Passing or ForGood if it did not do what was asked."""
+    try:
+        answer = parse_json(response.body)
+    except ValueError:
+        answer = None
+    error = answer.get("error") if isinstance(answer, dict) else None
+    if response.status == 200 and isinstance(answer, dict) and not error:
+        return answer
+    if not isinstance(error, dict):
+        raise Passing("HTTP status %d and not Graph's answer: check GRAPH_URL and the proxy" % response.status,
+                      retry_after(response))
+    if response.status >= 500 or response.status == 429 or error.get("is_transient") or error.get("code") in PASSING:
+        raise Passing(explain(error), retry_after(response))
+    raise ForGood(explain(error))
+
+
+def explain(error: Mapping[str, Any]) -> str:
+    """Return the code of Graph's `error`, what it means, what to do, and the trace for Meta's support; no message."""
+    code = error.get("code")
+    missing = "a permission is missing: check the app's permissions and the page's tasks"
+    meaning = MEANINGS.get(code) or (missing if code in range(200, 300) else "see Meta's list of error codes")
+    return "code %s, subcode %s: %s (fbtrace_id %s)" % (
+        code, error.get("error_subcode", "none"), meaning, error.get("fbtrace_id", "none"))
+
+
+def retry_after(response: Response) -> float:
+    """Return how many seconds the server asks to wait: Retry-After has a number or a date."""
+    value = response.fields.get("retry-after", "")
+    if re.fullmatch("[0-9]{1,6}", value):
+        return float(value)
+    date = email.utils.parsedate_tz(value)
+    return email.utils.mktime_tz(date) - time.time() if date else 0.0
+
+
+class Graph:
+    """The Graph API, for one page."""
+
+    def __init__(self, settings: Settings, client: Client) -> None:
+        self.client = client
+        credentials = {"access_token": settings.token}
+        if settings.secret:
+            proof = hmac.digest(settings.secret.encode(), settings.token.encode(), "sha256")
+            credentials["appsecret_proof"] = proof.hex()
+        self.credentials = urllib.parse.urlencode(credentials)
+
+    def send_message(self, recipient: str, text: str) -> None:
+        """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
+        message = {"recipient": {"id": recipient}, "messaging_type": "RESPONSE", "message": {"text": text}}
+        self.call("POST", "/me/messages?", json.dumps(message).encode(), Content_Type="application/json")
+
+    def call(self, method: str, path: str, body: bytes = b"", **fields: str) -> Dict[str, Any]:
+        """Return Graph's answer; raise Passing or ForGood if it is not what was asked for."""
+        try:
+            return judge(self.client.call(method, path + self.credentials, body, **fields))
+        except (OSError, http.client.HTTPException, Refusal) as error:
+            raise Passing(describe(error)) from error
+
+
+def describe(error: Exception) -> str:
+    """Return in a few words what went wrong with a connection, without a URL, which would hold the token."""
+    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return "no answer from Graph (%s)" % (text if isinstance(error, OSError) else type(error).__name__)
+
+
+# ---- The outbox: each reply once, each person's in order -------------------------------------------------------------
+
+class Receipt:
+    """What one delivery still owes, and how that ended."""
+
+    def __init__(self) -> None:
+        self.owed, self.failed, self.done = 0, False, threading.Event()
+
+
+class Sending:
+    """A reply on its way: what is left of it to send, and which deliveries wait for it."""
+
+    def __init__(self, owed: Owed, now: float) -> None:
+        self.owed, self.left, self.since = owed, collections.deque(pieces(owed.text)), now
+        self.size, self.tries, self.give_up = len(self.left), 0, 0.0
+        self.receipts: List[Receipt] = []
+
+
+class Outbox:
+    """Sends each reply until it is settled, accepted by Graph or refused for good, or given up.
+
+    One person's replies form a line, and a line is sent by one thread at a time: by the delivery's own, where it is the
+    only new one, which saves the hand-over; else by one of the crew.  A line whose first reply has failed for now waits
+    in `deadlines`, without a thread.
+    """
+
+    def __init__(self, send: Callable[[str, str], None], report: Callable[[Sending, float], None],
+                 limits: Limits, deadlines: Deadlines) -> None:
+        self.send, self.report, self.limits, self.deadlines = send, report, limits, deadlines
+        self.lock = threading.Lock()
+        self.pending: Dict[bytes, Sending] = {}
+        self.size = 0                                       # messages in `pending`
+        self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self.lines: Dict[str, Deque[Sending]] = {}
+        self.own = threading.Semaphore(limits.senders)      # deliveries' threads that may send
+        self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
+        self.failing_since: Optional[float] = None
+
+    def deliver(self, owed: Sequence[Owed]) -> Receipt:
+        """Return the receipt of a delivery that owes `owed`, perhaps done already; raise Refusal if it is too much."""
+        receipt = Receipt()
+        with self.lock:
+            fresh = self.enter(owed, receipt)
+        if len(fresh) == 1 and self.own.acquire(blocking=False):
+            self.send_line(fresh[0], receipt)
+            self.own.release()
+        else:
+            for recipient in fresh:
+                self.hand_over(recipient)
+        return receipt
+
+    def enter(self, owed: Sequence[Owed], receipt: Receipt) -> List[str]:
+        """Line up the replies that are new, and join all that are under way; return whose lines are new."""
+        new = {reply.key: Sending(reply, self.deadlines.clock()) for reply in owed
+               if reply.key not in self.pending and reply.key not in self.settled}
+        size = sum(sending.size for sending in new.values())
+        if self.size + size > self.limits.pending:
+            raise Refusal(503, "Too many replies are pending: bring it again.")
+        self.size += size
+        self.pending.update(new)
+        for key in {reply.key for reply in owed} & self.pending.keys():
+            self.pending[key].receipts.append(receipt)
+            receipt.owed += 1
+        if not receipt.owed:
+            receipt.done.set()
+        return [sending.owed.recipient for sending in new.values() if self.line_up(sending)]
+
+    def line_up(self, sending: Sending) -> bool:
+        """Put a reply at the end of its person's line; return whether it is the first."""
+        line = self.lines.setdefault(sending.owed.recipient, collections.deque())
+        line.append(sending)
+        return len(line) == 1
+
+    def hand_over(self, recipient: str) -> None:
+        """Have a person's line sent by the crew."""
+        try:
+            self.crew.submit(self.send_line, recipient)
+        except RuntimeError:  # no more threads can be had: those that there are will come to it
+            log.warning("no thread could be started")
+
+    def send_line(self, recipient: str, until: Optional[Receipt] = None) -> None:
+        """Send a person's replies, until none is left, one has to wait, or `until` is done."""
+        line = self.lines[recipient]
+        while self.send_reply(line[0]):
+            with self.lock:
+                line.popleft()
+                if not line:
+                    del self.lines[recipient]
+                    return
+            if until and until.done.is_set():
+                self.hand_over(recipient)
+                return
+
+    def send_reply(self, sending: Sending) -> bool:
+        """Send what is left of a reply, and end it; return False if it has to wait instead."""
+        now = self.deadlines.clock()
+        sending.give_up = sending.give_up or now + self.limits.retry
+        settled = False
+        try:
+            if now < sending.give_up:
+                self.send_pieces(sending)
+                settled = True
+            else:
+                log.error("gave up the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
+        except Passing as failure:
+            self.postpone(sending, failure)
+            return False
+        except Exception:
+            log.exception("a bug ended the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
+        self.end(sending, settled)
+        return True
+
+    def send_pieces(self, sending: Sending) -> None:
+        """Send what is left of a reply until Graph refuses it; raise Passing where it failed for now."""
+        try:
+            while sending.left:
+                self.send(sending.owed.recipient, sending.left[0])
+                sending.left.popleft()
+            self.report(sending, self.deadlines.clock() - sending.since)
+        except ForGood as refusal:
+            log.error("Graph refused the reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, refusal)
+        self.failing_since = None
+
+    def postpone(self, sending: Sending, failure: Passing) -> None:
+        """Have the reply's line sent again after a pause: twice the last one, at random, or what the server asks for."""
+        now = self.deadlines.clock()
+        self.failing_since = self.failing_since or now
+        pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
+        pause = max(0.0, min(max(pause, failure.retry_after), sending.give_up - now))
+        sending.tries += 1
+        log.warning("the reply to %s, mid %s, failed for now and is tried again in %.1f s: %s",
+                    sending.owed.recipient, sending.owed.mid, pause, failure)
+        self.deadlines.set(sending, pause, functools.partial(self.hand_over, sending.owed.recipient))
+
+    def end(self, sending: Sending, settled: bool) -> None:
+        """Tell all deliveries that wait for the reply; remember it if it is settled, else forget it."""
+        with self.lock:
+            del self.pending[sending.owed.key]
+            self.size -= sending.size
+            if settled:
+                self.settled[sending.owed.key] = None
+                if len(self.settled) > self.limits.remembered:
+                    self.settled.popitem(last=False)
+            for receipt in sending.receipts:
+                receipt.owed -= 1
+                receipt.failed = receipt.failed or not settled
+                if receipt.failed or not receipt.owed:
+                    receipt.done.set()
+
+
+# ---- The server: anybody's requests, a thread a connection -----------------------------------------------------------
+
+class Request(NamedTuple):
+    """A request, read whole."""
+
+    method: str
+    path: str
+    query: str
+    fields: Fields
+    body: bytes
+    keep: bool   # the connection, after the answer
+
+
+class Answer(NamedTuple):
+    """What a request is answered: a line of text."""
+
+    status: int
+    text: str
+    allow: str = ""   # the methods, where the request's was wrong
+
+
+Respond = Callable[[Request], Answer]
+
+
+def read_request(file: BufferedReader, invite: Callable[[], None]) -> Request:
+    """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for that."""
+    match = REQUEST_LINE.fullmatch(read_line(file, 414) or read_line(file, 414))  # RFC 9112 grants one empty line
+    if match is None:
+        raise Refusal(400, "The request line is malformed.")
+    method, target, major, minor = match.groups()
+    if major != "1":
+        raise Refusal(505, "The only HTTP spoken here is HTTP/1.1.")
+    fields = read_fields(file)
+    check_host(fields, minor)
+    length = framing(fields)
+    if length == CHUNKED and minor == "0":
+        raise Refusal(400, "HTTP/1.0 has no chunks.")
+    if length is None and method == "POST":
+        raise Refusal(411, "A delivery needs a Content-Length, or chunks.")
+    if length and minor != "0" and fields.get("expect", "").lower() == "100-continue":
+        invite()
+    path, _, query = re.sub("^[Hh][Tt][Tt][Pp][Ss]?://[^/?]*", "", target).partition("?")
+    keep = minor != "0" and "close" not in fields.get("connection", "").lower()
+    return Request(method, path or "/", query, fields, read_body(file, length or 0), keep)
+
+
+def check_host(fields: Fields, minor: str) -> None:
+    """Raise Refusal unless there is one Host, well formed; HTTP/1.0 may do without."""
+    host = fields.get("host", "" if minor == "0" else None)
+    if host is None or not HOST.fullmatch(host):
+        raise Refusal(400, "Host is missing, malformed, or given twice.")
+
+
+def encode(answer: Answer, keep: bool, with_body: bool = True) -> bytes:
+    """Return the bytes of an answer; without its body they are what HEAD gets."""
+    body = answer.text.encode("utf-8", "replace")
+    head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s%s\r\n" % (
+                answer.status, http.HTTPStatus(answer.status).phrase, http_date(int(time.time())), len(body),
+                "Allow: %s\r\n" % answer.allow if answer.allow else "", "" if keep else "Connection: close\r\n"))
+    return head.encode() + (body if with_body else b"")
+
+
+@functools.lru_cache(maxsize=1)
+def http_date(now: int) -> str:
+    """Return the Date field of this second."""
+    return email.utils.formatdate(now, usegmt=True)
+
+
+class Late(Exception):
+    """The watch has answered in this thread's stead."""
+
+
+class Connection(socketserver.StreamRequestHandler):
+    """A client's connection: reads its requests one after another, and answers each once.
+
+    Each step has an entry in the server's deadlines.  Should it be late, the watch takes the entry, and with it the
+    right to answer and to close; this thread finds the entry gone, and leaves.
+    """
+
+    disable_nagle_algorithm = True
+    server: WebServer
+    rfile: BufferedReader
+
+    def setup(self) -> None:
+        """Begin the first step: a request has to arrive, counted from the connection."""
+        super().setup()
+        self.idle = True
+        self.server.deadlines.set(self, self.server.limits.request, self.late_request)
+
+    def handle(self) -> None:
+        """Serve until either side has had enough."""
+        try:
+            more = self.arrives()
+            while more:
+                more = self.serve() and self.arrives()
+                self.next_step(self.server.limits.request, self.late_request)
+        except (OSError, Late):  # the client is gone, or has its answer
+            pass
+
+    def arrives(self) -> bool:
+        """Wait for a request; return False where the client closes instead, or the server is closing."""
+        self.idle = True
+        more = not self.server.closing and bool(self.rfile.peek(1))
+        self.idle = False
+        return more
+
+    def serve(self) -> bool:
+        """Read a request and answer it; return whether the connection can be used again."""
+        try:
+            request = read_request(self.rfile, self.invite)
+        except Refusal as refusal:
+            self.refuse(refusal)
+            return False
+        self.next_step(self.server.limits.answer, self.late_answer)
+        answer = self.server.answer(request)
+        keep = request.keep and not self.server.closing
+        self.next_step(self.server.limits.idle, self.end)
+        self.wfile.write(encode(answer, keep, request.method != "HEAD"))
+        return keep
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Answer what is no request, and let the client read it: a close on unread input would reset the connection."""
+        log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
+        self.next_step(self.server.limits.linger, self.end)
+        self.wfile.write(encode(Answer(refusal.status, refusal.text), keep=False))
+        self.request.shutdown(socket.SHUT_WR)
+        while self.rfile.read1(PIECE_BYTES):
+            pass
+
+    def next_step(self, seconds: float, late: Callable[[], None]) -> None:
+        """Go on to a step that has a deadline of its own; raise Late if the watch was quicker."""
+        if not self.server.deadlines.meet(self):
+            raise Late
+        self.server.deadlines.set(self, seconds, late)
+
+    def invite(self) -> None:
+        """Answer Expect: 100-continue."""
+        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def late_request(self) -> None:
+        """Refuse a request that does not arrive; called by the watch."""
+        self.end(Answer(408, "The request did not arrive whole within %g s." % self.server.limits.request))
+
+    def late_answer(self) -> None:
+        """Answer a delivery whose replies take too long; called by the watch."""
+        self.end(self.server.late_answer())
+
+    def end(self, answer: Optional[Answer] = None) -> None:
+        """End the connection from another thread, waiting for nobody; this one reads an end of file, if it reads."""
+        try:
+            self.request.setblocking(False)
+            self.request.send(encode(answer, keep=False) if answer else b"")
+            self.request.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            pass
+        self.server.close_request(self.request)
+
+    def finish(self) -> None:
+        """Give up the deadline."""
+        self.server.deadlines.meet(self)
+        super().finish()
+
+
+class WebServer(ThreadingHTTPServer):
+    """An HTTP server that keeps to its limits whoever calls."""
+
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+    allow_reuse_port = False
+    daemon_threads = True
+
+    def __init__(self, host: str, port: int, limits: Limits, clock: Callable[[], float]) -> None:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        self.address_family = found[0]
+        self.limits, self.deadlines, self.closing = limits, Deadlines(clock), False
+        self.places = threading.BoundedSemaphore(limits.connections)
+        self.sockets: Set[socket.socket] = set()  # which have a place
+        self.closed = threading.Event()
+        super().__init__(found[4], Connection)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind, `::` to IPv4 as well, without the look-up of this host's name that http.server makes."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        socketserver.TCPServer.server_bind(self)
+
+    def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
+        """Serve until `shutdown`."""
+        threading.Thread(target=self.watch, daemon=True).start()
+        super().serve_forever(poll_interval)
+
+    def watch(self) -> None:
+        """Act on deadlines, until the server is closed."""
+        while not self.closed.wait(TICK):
+            self.deadlines.enforce()
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Return the next connection; raise OSError where none can be had now, after a pause that keeps it calm."""
+        if not self.places.acquire(timeout=2 * TICK):
+            raise OSError("every place is taken")
+        try:
+            connection, address = super().get_request()
+        except OSError:
+            self.places.release()
+            self.closed.wait(TICK)
+            raise
+        self.sockets.add(connection)
+        return connection, address
+
+    def close_request(self, request: Any) -> None:
+        """Close a connection and give its place to another; twice is once."""
+        super().close_request(request)
+        try:
+            self.sockets.remove(request)
+            self.places.release()
+        except KeyError:
+            pass
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what has ended a connection: a bug, or that no thread could be started for it."""
+        log.exception("a connection is lost")
+
+    def answer(self, request: Request) -> Answer:
+        """Return the answer to `request`, whatever happens."""
+        try:
+            return self.dispatch(request)
+        except Refusal as refusal:
+            log.log(logging.WARNING if refusal.status == 403 else logging.INFO, "%s", refusal.why)
+            return Answer(refusal.status, refusal.text)
+        except Exception:
+            log.exception("a bug in %s %s", request.method, request.path)
+            return Answer(500, "Something is wrong here.")
+
+    def dispatch(self, request: Request) -> Answer:
+        """Return the answer that the request's path and method have."""
+        methods = self.routes().get(request.path)
+        if methods is None:
+            return Answer(404, "There is nothing here.")
+        respond = methods.get("GET" if request.method == "HEAD" else request.method)
+        if respond is None:
+            return Answer(405, "This method does nothing here.", ", ".join(list(methods) + ["HEAD"] * ("GET" in methods)))
+        return respond(request)
+
+    def routes(self) -> Dict[str, Dict[str, Respond]]:
+        """Return what answers each method of each path."""
+        raise NotImplementedError
+
+    def late_answer(self) -> Answer:
+        """Return the answer to a request that takes too long."""
+        return Answer(503, "This takes too long: bring it again.")
+
+    def close(self) -> None:
+        """After `shutdown`: finish and answer what is under way, within the limit; then close all that is open."""
+        self.closing = True
+        self.server_close()
+        for who in self.deadlines.entries.copy():
+            if isinstance(who, Connection) and who.idle:
+                who.end()
+        until = self.deadlines.clock() + self.limits.drain
+        while self.busy() and self.deadlines.clock() < until:
+            time.sleep(TICK / 5)
+        self.closed.set()
+
+    def busy(self) -> bool:
+        """Return whether something is still under way."""
+        return bool(self.sockets)
+
+
+# ---- The bot -------------------------------------------------------------------------------------------------------
+
+class Bot(WebServer):
+    """The webhook: verifies, and owes Messenger a reply for each message."""
+
+    def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float],
+                 proxies: Optional[Dict[str, str]]) -> None:
+        super().__init__(settings.host, settings.port, limits, clock)
+        self.settings = settings
+        self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
+        send, report = (Graph(settings, self.client).send_message, log_reply) if settings.token else (say_nothing, log_dry)
+        self.outbox = Outbox(send, report, limits, self.deadlines)
+
+    def routes(self) -> Dict[str, Dict[str, Respond]]:
+        """Return what answers each method of each path."""
+        webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
+        return {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
+
+    def handle_verification(self, request: Request) -> Answer:
+        """Answer the webhook's set-up page with its challenge."""
+        query = request.query.encode("latin-1").decode("utf-8", "replace")
+        return Answer(200, challenge(dict(urllib.parse.parse_qsl(query, True)), self.settings.verify_token))
+
+    def handle_messages(self, request: Request) -> Answer:
+        """Answer a delivery ok once all replies that it owes are settled; raise Refusal if it is not Messenger's."""
+        if self.settings.secret:
+            verify_signature(request.fields.get("x-hub-signature-256"), self.settings.secret, request.body)
+        try:
+            payload = parse_json(request.body)
+        except ValueError:
+            payload = None
+        if not isinstance(payload, dict):
+            raise Refusal(400, "The body is not a JSON object in UTF-8.")
+        owed, bugs = self.owed(payload)
+        receipt = self.outbox.deliver(owed)
+        if not receipt.done.wait(self.limits.answer) or receipt.failed:
+            return self.late_answer()
+        return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
+
+    def owed(self, payload: Dict[str, Any]) -> Tuple[List[Owed], int]:
+        """Return the replies owed to a delivery, and in how many events `reply` has a bug; each is logged."""
+        owed, bugs = [], 0
+        for page, event in messaging_events(payload):
+            try:
+                owed.append(owed_to(page, event))
+            except Malformed as error:
+                log.warning("skipped an event: %s", error)
+            except Exception:
+                log.exception("a bug in the reply to an event")
+                bugs += 1
+        return [reply for reply in owed if reply], bugs
+
+    def late_answer(self) -> Answer:
+        """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""
+        since = self.outbox.failing_since
+        if since is None or self.deadlines.clock() - since < self.limits.outage:
+            return Answer(503, "The replies are not settled yet: bring it again.")
+        log.error("let a delivery go: Graph has failed for %d s", self.deadlines.clock() - since)
+        return Answer(200, "ok")
+
+    def busy(self) -> bool:
+        """Return whether a delivery is not answered yet or a reply is not settled."""
+        return bool(self.sockets or self.outbox.pending)
+
+    def close(self) -> None:
+        """Finish what is under way, and close the connections to Graph."""
+        super().close()
+        self.client.close()
+        self.outbox.crew.shutdown(wait=False)
+
+
+def log_reply(sending: Sending, seconds: float) -> None:
+    """Log that a reply is accepted: whose, not what."""
+    owed = sending.owed
+    log.info("replied to %s: mid %s, %d characters, %d ms", owed.recipient, owed.mid, len(owed.text), seconds * 1000)
+
+
+def log_dry(sending: Sending, seconds: float) -> None:
+    """Log the reply that would be sent."""
+    log.info("dry run, would reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, sending.owed.text)
+
+
+def say_nothing(recipient: str, text: str) -> None:
+    """Send nothing: this is a dry run."""
+
+
+def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
+                proxies: Optional[Dict[str, str]] = None) -> Bot:
+    """Return the bot, bound and not started; raise OSError where it cannot listen."""
+    return Bot(settings, limits, clock, proxies)
+
+
+# ---- The commands --------------------------------------------------------------------------------------------------
+
+class LogFormat(logging.Formatter):
+    """A line an occurrence: nothing from outside breaks it, or colours the terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line, and under it the traceback of a bug."""
+        line = "%s %s" % (record.levelname, printable(record.getMessage()))
+        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
+
+    def formatException(self, exc_info: Any) -> str:
+        """Return the traceback without the exception's own words, which may quote a person's or a secret."""
+        return "".join(traceback.format_tb(exc_info[2])) + str(exc_info[0].__name__)
+
+
+def printable(text: str) -> str:
+    """Return `text` with its control characters escaped."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def serve(settings: Settings) -> int:
+    """Serve until a signal; return the exit status, if it comes to that."""
+    try:
+        bot = make_server(settings, within_files(Limits()))
+    except OSError as error:
+        print("cannot listen on %s port %d: %s" % (settings.host, settings.port, error.strerror), file=sys.stderr)
+        return 1
+    announce(settings, bot.server_address)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda *_: threading.Thread(target=bot.shutdown, daemon=True).start())
+    bot.serve_forever()
+    for number in signal.SIGINT, signal.SIGTERM:  # Heroku may send the first signal twice: a later one ends it at once
+        signal.signal(number, signal.SIG_DFL)
+    log.info("stopping: finishing what is under way")
+    bot.close()
+    left = len(bot.outbox.pending)
+    log.log(logging.ERROR if left else logging.INFO, "stopped: %d replies are left, for Messenger to bring again", left)
+    logging.shutdown()
+    os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
+
+
+def announce(settings: Settings, address: Any) -> None:
+    """Log the mode, the address, and what is missing."""
+    host = "[%s]" % address[0] if ":" in address[0] else address[0]
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, address[1])
+    if not settings.token:
+        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
+    if not settings.secret:
+        log.warning("anybody can post deliveries, until APP_SECRET is set")
+
+
+def within_files(limits: Limits) -> Limits:
+    """Return `limits`, with no more connections than the process may have files open; the soft limit is raised."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return limits
+    wanted = limits.connections + 2 * limits.senders + limits.crew + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return limits
+    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = max(2, soft - SPARE_FILES) / (wanted - SPARE_FILES)
+    return limits._replace(**{name: int(getattr(limits, name) * room) or 1 for name in ("connections", "senders", "crew")})
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", help="where to listen, instead of HOST")
+    parser.add_argument("--port", help="where to listen, instead of PORT")
+    parser.add_argument("--version", action="version", version="echobot " + __version__)
+    options = parser.parse_args(arguments)
+    given = {"HOST": options.host, "PORT": options.port}
+    try:
+        settings = settings_from({**os.environ, **{name: value for name, value in given.items() if value is not None}})
+    except SettingsError as error:
+        for line in error.args:
+            print("echobot: " + line, file=sys.stderr)
+        return 2
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat())
+    logging.basicConfig(level=settings.log_level, handlers=[handler])
+    threading.stack_size(STACK_BYTES)
+    return serve(settings)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
