@@ -379,22 +379,21 @@ def inside_character(text: str, start: int, at: int) -> bool:
 
 Fields = Dict[str, str]
 CHUNKED = -1
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])" % TOKEN)
-STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?")
-FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*" % TOKEN)
+TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
+STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
+FIELD = re.compile(rb"(%s):([\t -~\x80-\xff]*)\r?\n" % TOKEN)
+AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_line(file: BufferedReader, too_long: int) -> str:
-    """Return the next line without its end; raise Refusal with status `too_long` where it is."""
-    line = file.readline(LINE_BYTES + 1)
-    if len(line) > LINE_BYTES:
-        raise Refusal(too_long, "A line is longer than %d bytes." % LINE_BYTES)
+def read_line(file: BufferedReader, too_long: int) -> bytes:
+    """Return the next line, its end included; raise Refusal with status `too_long` where it is."""
+    line = file.readline(LINE_BYTES)
     if not line.endswith(b"\n"):
-        raise Refusal(400, "The message broke off.")
-    return line[:-2 if line.endswith(b"\r\n") else -1].decode("latin-1")
+        raise Refusal(too_long, "A line is too long.") if len(line) == LINE_BYTES else Refusal(400, "It broke off.")
+    return line
 
 
 def read_fields(file: BufferedReader) -> Fields:
@@ -404,16 +403,19 @@ def read_fields(file: BufferedReader) -> Fields:
     """
     fields: Fields = {}
     room = HEAD_BYTES
-    for line in iter(lambda: read_line(file, 431), ""):
-        room -= len(line)
+    while True:
+        line = read_line(file, 431)
+        if line in (b"\r\n", b"\n"):
+            return fields
         match = FIELD.fullmatch(line)
-        if room < 0:
-            raise Refusal(431, "The header fields are longer than %d bytes." % HEAD_BYTES)
         if match is None:
             raise Refusal(400, "A header field is malformed.")
-        name, value = match.group(1).lower(), match.group(2)
-        fields[name] = fields[name] + ", " + value if name in fields else value
-    return fields
+        room -= len(line)
+        if room < 0:
+            raise Refusal(431, "The header fields are too long.")
+        name, value = (part.decode("latin-1").strip() for part in match.groups())
+        name = name.lower()
+        fields[name] = "%s, %s" % (fields[name], value) if name in fields else value
 
 
 def framing(fields: Fields) -> Optional[int]:
@@ -476,34 +478,44 @@ def chunks(file: BufferedReader) -> Iterator[bytes]:
 
 # ---- Deadlines -----------------------------------------------------------------------------------------------------
 
+class Deadline:
+    """A time on the clock, and what to do about whoever misses it."""
+
+    __slots__ = "when", "late"
+
+    def __init__(self, when: float, late: Callable[[], None]) -> None:
+        self.when, self.late = when, late
+
+
 class Deadlines:
-    """Who has until when.  Whoever takes an entry out may act, and nobody else: the one in time, or the watch."""
+    """Who has until when.  Whoever takes a deadline out may act, and nobody else: the one in time, or the watch.
+
+    To take an item out of a set is one step in Python, so this needs no lock.
+    """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.entries: Dict[object, Tuple[float, Callable[[], None]]] = {}
-        self.lock = threading.Lock()
+        self.clock, self.open = clock, set()  # type: Callable[[], float], Set[Deadline]
 
-    def set(self, who: object, seconds: float, late: Callable[[], None]) -> None:
-        """Have `late` called, unless `who` meets the deadline before."""
-        self.entries[who] = self.clock() + seconds, late
+    def set(self, seconds: float, late: Callable[[], None]) -> Deadline:
+        """Return a deadline; unless it is met in time, `late` is called."""
+        deadline = Deadline(self.clock() + seconds, late)
+        self.open.add(deadline)
+        return deadline
 
-    def meet(self, who: object) -> bool:
-        """Take `who` out; return False if it is too late."""
-        with self.lock:
-            return self.entries.pop(who, None) is not None
+    def meet(self, deadline: Deadline) -> bool:
+        """Take `deadline` out; return False if it is too late."""
+        try:
+            self.open.remove(deadline)
+            return True
+        except KeyError:
+            return False
 
     def enforce(self) -> None:
-        """Act on whoever is late."""
+        """Act on those that are missed."""
         now = self.clock()
-        for who, entry in self.entries.copy().items():
-            if entry[0] <= now and self.take(who, entry):
-                guarded(entry[1])
-
-    def take(self, who: object, entry: Tuple[float, Callable[[], None]]) -> bool:
-        """Take `who` out if it still has this very deadline; return whether it had."""
-        with self.lock:
-            return self.entries.get(who) is entry and self.entries.pop(who) is entry
+        for deadline in self.open.copy():
+            if deadline.when <= now and self.meet(deadline):
+                guarded(deadline.late)
 
 
 def guarded(action: Callable[[], None]) -> None:
@@ -535,16 +547,16 @@ class Link:
         self.sock.sendall(request)
         if not self.file.peek(1):
             raise ConnectionError("the connection was closed without an answer")
-        status = "1"
-        while status.startswith("1"):  # such as 100 Continue: the answer proper is still to come
+        status = 100
+        while status < 200:  # such as 100 Continue: the answer proper is still to come
             match = STATUS_LINE.fullmatch(read_line(self.file, 400))
             if match is None:
                 raise Refusal(400, "The answer is not HTTP.")
-            status, fields = match.group(1), read_fields(self.file)
+            status, fields = int(match.group(1)), read_fields(self.file)
         length = framing(fields)
         if length is None:
-            return Response(int(status), dict(fields, connection="close"), self.file.read(BODY_BYTES))
-        return Response(int(status), fields, read_body(self.file, length))
+            return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
+        return Response(status, fields, read_body(self.file, length))
 
     def abort(self) -> None:
         """End an exchange that takes too long, from another thread: this one reads an end of file."""
@@ -602,13 +614,13 @@ class Client:
     def exchange(self, link: Link, request: bytes) -> Response:
         """Return the server's answer, and keep the connection if it can be used again."""
         keep = False
-        self.deadlines.set(link, self.timeout, link.abort)
+        deadline = self.deadlines.set(self.timeout, link.abort)
         try:
             response = link.exchange(request)
             keep = "close" not in response.fields.get("connection", "").lower()
             return response
         finally:
-            if self.deadlines.meet(link) and keep:
+            if self.deadlines.meet(deadline) and keep:
                 self.idle.append(link)
             else:
                 link.close()
@@ -762,33 +774,35 @@ class Outbox:
         self.size = 0                                       # messages in `pending`
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.lines: Dict[str, Deque[Sending]] = {}
-        self.own = threading.Semaphore(limits.senders)      # deliveries' threads that may send
+        self.senders = 0                                    # deliveries' threads that send
         self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
         self.failing_since: Optional[float] = None
 
     def deliver(self, owed: Sequence[Owed]) -> Receipt:
         """Return the receipt of a delivery that owes `owed`, perhaps done already; raise Refusal if it is too much."""
-        receipt = Receipt()
+        receipt, now = Receipt(), self.deadlines.clock()
+        sendings = {reply.key: Sending(reply, now) for reply in owed}
         with self.lock:
-            fresh = self.enter(owed, receipt)
-        if len(fresh) == 1 and self.own.acquire(blocking=False):
-            self.send_line(fresh[0], receipt)
-            self.own.release()
-        else:
-            for recipient in fresh:
-                self.hand_over(recipient)
+            fresh = self.enter(sendings, receipt)
+            own = len(fresh) == 1 and self.senders < self.limits.senders
+            self.senders += own
+        if own:
+            self.send_line(fresh.pop(), receipt)
+            with self.lock:
+                self.senders -= 1
+        for recipient in fresh:
+            self.hand_over(recipient)
         return receipt
 
-    def enter(self, owed: Sequence[Owed], receipt: Receipt) -> List[str]:
+    def enter(self, sendings: Dict[bytes, Sending], receipt: Receipt) -> List[str]:
         """Line up the replies that are new, and join all that are under way; return whose lines are new."""
-        new = {reply.key: Sending(reply, self.deadlines.clock()) for reply in owed
-               if reply.key not in self.pending and reply.key not in self.settled}
+        new = {key: sending for key, sending in sendings.items() if key not in self.pending and key not in self.settled}
         size = sum(sending.size for sending in new.values())
         if self.size + size > self.limits.pending:
             raise Refusal(503, "Too many replies are pending: bring it again.")
         self.size += size
         self.pending.update(new)
-        for key in {reply.key for reply in owed} & self.pending.keys():
+        for key in sendings.keys() & self.pending.keys():
             self.pending[key].receipts.append(receipt)
             receipt.owed += 1
         if not receipt.owed:
@@ -860,7 +874,7 @@ class Outbox:
         sending.tries += 1
         log.warning("the reply to %s, mid %s, failed for now and is tried again in %.1f s: %s",
                     sending.owed.recipient, sending.owed.mid, pause, failure)
-        self.deadlines.set(sending, pause, functools.partial(self.hand_over, sending.owed.recipient))
+        self.deadlines.set(pause, functools.partial(self.hand_over, sending.owed.recipient))
 
     def end(self, sending: Sending, settled: bool) -> None:
         """Tell all deliveries that wait for the reply; remember it if it is settled, else forget it."""
@@ -904,29 +918,30 @@ Respond = Callable[[Request], Answer]
 
 def read_request(file: BufferedReader, invite: Callable[[], None]) -> Request:
     """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for that."""
-    match = REQUEST_LINE.fullmatch(read_line(file, 414) or read_line(file, 414))  # RFC 9112 grants one empty line
+    line = read_line(file, 414)
+    match = REQUEST_LINE.fullmatch(line if line.strip() else read_line(file, 414))  # RFC 9112 grants one empty line
     if match is None:
         raise Refusal(400, "The request line is malformed.")
-    method, target, major, minor = match.groups()
+    method, target, major, minor = (part.decode("latin-1") for part in match.groups())
     if major != "1":
         raise Refusal(505, "The only HTTP spoken here is HTTP/1.1.")
-    fields = read_fields(file)
-    check_host(fields, minor)
+    old, fields = minor == "0", read_fields(file)
+    check_host(fields, old)
     length = framing(fields)
-    if length == CHUNKED and minor == "0":
+    if length == CHUNKED and old:
         raise Refusal(400, "HTTP/1.0 has no chunks.")
     if length is None and method == "POST":
         raise Refusal(411, "A delivery needs a Content-Length, or chunks.")
-    if length and minor != "0" and fields.get("expect", "").lower() == "100-continue":
+    if length and not old and fields.get("expect", "").lower() == "100-continue":
         invite()
-    path, _, query = re.sub("^[Hh][Tt][Tt][Pp][Ss]?://[^/?]*", "", target).partition("?")
-    keep = minor != "0" and "close" not in fields.get("connection", "").lower()
-    return Request(method, path or "/", query, fields, read_body(file, length or 0), keep)
+    path, _, query = (target if target[0] == "/" else AUTHORITY.sub("", target)).partition("?")
+    keep = not old and "close" not in fields.get("connection", "").lower()
+    return Request(method, path or "/", query, fields, read_body(file, length) if length else b"", keep)
 
 
-def check_host(fields: Fields, minor: str) -> None:
-    """Raise Refusal unless there is one Host, well formed; HTTP/1.0 may do without."""
-    host = fields.get("host", "" if minor == "0" else None)
+def check_host(fields: Fields, old: bool) -> None:
+    """Raise Refusal unless there is one Host, well formed; HTTP/1.0, which is `old`, may do without."""
+    host = fields.get("host", "" if old else None)
     if host is None or not HOST.fullmatch(host):
         raise Refusal(400, "Host is missing, malformed, or given twice.")
 
@@ -965,8 +980,7 @@ class Connection(socketserver.StreamRequestHandler):
     def setup(self) -> None:
         """Begin the first step: a request has to arrive, counted from the connection."""
         super().setup()
-        self.idle = True
-        self.server.deadlines.set(self, self.server.limits.request, self.late_request)
+        self.deadline = self.server.deadlines.set(self.server.limits.request, self.late_request)
 
     def handle(self) -> None:
         """Serve until either side has had enough."""
@@ -980,9 +994,9 @@ class Connection(socketserver.StreamRequestHandler):
 
     def arrives(self) -> bool:
         """Wait for a request; return False where the client closes instead, or the server is closing."""
-        self.idle = True
+        self.server.idle.add(self)
         more = not self.server.closing and bool(self.rfile.peek(1))
-        self.idle = False
+        self.server.idle.discard(self)
         return more
 
     def serve(self) -> bool:
@@ -1010,9 +1024,9 @@ class Connection(socketserver.StreamRequestHandler):
 
     def next_step(self, seconds: float, late: Callable[[], None]) -> None:
         """Go on to a step that has a deadline of its own; raise Late if the watch was quicker."""
-        if not self.server.deadlines.meet(self):
+        if not self.server.deadlines.meet(self.deadline):
             raise Late
-        self.server.deadlines.set(self, seconds, late)
+        self.deadline = self.server.deadlines.set(seconds, late)
 
     def invite(self) -> None:
         """Answer Expect: 100-continue."""
@@ -1038,7 +1052,8 @@ class Connection(socketserver.StreamRequestHandler):
 
     def finish(self) -> None:
         """Give up the deadline."""
-        self.server.deadlines.meet(self)
+        self.server.deadlines.meet(self.deadline)
+        self.server.idle.discard(self)
         super().finish()
 
 
@@ -1056,6 +1071,7 @@ class WebServer(ThreadingHTTPServer):
         self.limits, self.deadlines, self.closing = limits, Deadlines(clock), False
         self.places = threading.BoundedSemaphore(limits.connections)
         self.sockets: Set[socket.socket] = set()  # which have a place
+        self.idle: Set[Connection] = set()        # which wait for a request
         self.closed = threading.Event()
         super().__init__(found[4], Connection)  # type: ignore[arg-type]
 
@@ -1134,9 +1150,8 @@ class WebServer(ThreadingHTTPServer):
         """After `shutdown`: finish and answer what is under way, within the limit; then close all that is open."""
         self.closing = True
         self.server_close()
-        for who in self.deadlines.entries.copy():
-            if isinstance(who, Connection) and who.idle:
-                who.end()
+        for connection in self.idle.copy():
+            connection.end()
         until = self.deadlines.clock() + self.limits.drain
         while self.busy() and self.deadlines.clock() < until:
             time.sleep(TICK / 5)
