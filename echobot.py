@@ -56,7 +56,6 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from http.server import ThreadingHTTPServer
 from io import BufferedReader
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
@@ -382,7 +381,7 @@ CHUNKED = -1
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
 STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
-FIELD = re.compile(rb"(%s):([\t -~\x80-\xff]*)\r?\n" % TOKEN)
+FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN.decode(), re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
@@ -401,21 +400,22 @@ def read_fields(file: BufferedReader) -> Fields:
 
     So a length or a host that is given twice is no length and no host.
     """
-    fields: Fields = {}
-    room = HEAD_BYTES
-    while True:
-        line = read_line(file, 431)
-        if line in (b"\r\n", b"\n"):
-            return fields
-        match = FIELD.fullmatch(line)
-        if match is None:
-            raise Refusal(400, "A header field is malformed.")
+    lines, room = [], HEAD_BYTES
+    for line in iter(functools.partial(read_line, file, 431), b"\r\n"):
         room -= len(line)
+        if line == b"\n":
+            break
         if room < 0:
             raise Refusal(431, "The header fields are too long.")
-        name, value = (part.decode("latin-1").strip() for part in match.groups())
-        name = name.lower()
-        fields[name] = "%s, %s" % (fields[name], value) if name in fields else value
+        lines.append(line)
+    found = FIELD.findall(b"".join(lines).decode("latin-1"))
+    if len(found) != len(lines):
+        raise Refusal(400, "A header field is malformed.")
+    fields: Fields = {}
+    for name, value in found:
+        known = fields.get(name.lower())
+        fields[name.lower()] = value.rstrip() if known is None else "%s, %s" % (known, value.rstrip())
+    return fields
 
 
 def framing(fields: Fields) -> Optional[int]:
@@ -649,7 +649,11 @@ class Passing(Exception):
 
 
 class ForGood(Exception):
-    """Graph's refusal of a call, with what it means."""
+    """Graph's refusal of a call: Graph's own `error`, and in words what it means."""
+
+    def __init__(self, error: Dict[str, Any]) -> None:
+        super().__init__(explain(error))
+        self.error = error
 
 
 PASSING = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
@@ -689,7 +693,7 @@ def judge(response: Response) -> Dict[str, Any]:
                       retry_after(response))
     if response.status >= 500 or response.status == 429 or error.get("is_transient") or error.get("code") in PASSING:
         raise Passing(explain(error), retry_after(response))
-    raise ForGood(explain(error))
+    raise ForGood(error)
 
 
 def explain(error: Mapping[str, Any]) -> str:
@@ -1057,18 +1061,18 @@ class Connection(socketserver.StreamRequestHandler):
         super().finish()
 
 
-class WebServer(ThreadingHTTPServer):
+class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     """An HTTP server that keeps to its limits whoever calls."""
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    allow_reuse_port = False
     daemon_threads = True
 
-    def __init__(self, host: str, port: int, limits: Limits, clock: Callable[[], float]) -> None:
+    def __init__(self, host: str, port: int, routes: Dict[str, Dict[str, Respond]], limits: Limits,
+                 clock: Callable[[], float]) -> None:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         self.address_family = found[0]
-        self.limits, self.deadlines, self.closing = limits, Deadlines(clock), False
+        self.routes, self.limits, self.deadlines, self.closing = routes, limits, Deadlines(clock), False
         self.places = threading.BoundedSemaphore(limits.connections)
         self.sockets: Set[socket.socket] = set()  # which have a place
         self.idle: Set[Connection] = set()        # which wait for a request
@@ -1076,10 +1080,10 @@ class WebServer(ThreadingHTTPServer):
         super().__init__(found[4], Connection)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
-        """Bind, `::` to IPv4 as well, without the look-up of this host's name that http.server makes."""
+        """Bind, `::` to IPv4 as well."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        socketserver.TCPServer.server_bind(self)
+        super().server_bind()
 
     def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
         """Serve until `shutdown`."""
@@ -1130,17 +1134,13 @@ class WebServer(ThreadingHTTPServer):
 
     def dispatch(self, request: Request) -> Answer:
         """Return the answer that the request's path and method have."""
-        methods = self.routes().get(request.path)
+        methods = self.routes.get(request.path)
         if methods is None:
             return Answer(404, "There is nothing here.")
         respond = methods.get("GET" if request.method == "HEAD" else request.method)
         if respond is None:
             return Answer(405, "This method does nothing here.", ", ".join(list(methods) + ["HEAD"] * ("GET" in methods)))
         return respond(request)
-
-    def routes(self) -> Dict[str, Dict[str, Respond]]:
-        """Return what answers each method of each path."""
-        raise NotImplementedError
 
     def late_answer(self) -> Answer:
         """Return the answer to a request that takes too long."""
@@ -1169,16 +1169,13 @@ class Bot(WebServer):
 
     def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float],
                  proxies: Optional[Dict[str, str]]) -> None:
-        super().__init__(settings.host, settings.port, limits, clock)
+        webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
+        routes = {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
+        super().__init__(settings.host, settings.port, routes, limits, clock)
         self.settings = settings
         self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
         send, report = (Graph(settings, self.client).send_message, log_reply) if settings.token else (say_nothing, log_dry)
         self.outbox = Outbox(send, report, limits, self.deadlines)
-
-    def routes(self) -> Dict[str, Dict[str, Respond]]:
-        """Return what answers each method of each path."""
-        webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
-        return {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
 
     def handle_verification(self, request: Request) -> Answer:
         """Answer the webhook's set-up page with its challenge."""
