@@ -39,6 +39,7 @@ import hashlib
 import hmac
 import http
 import http.client
+import io
 import itertools
 import json
 import logging
@@ -56,7 +57,6 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from io import BufferedReader
 from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 __version__ = "1.0"
@@ -192,6 +192,9 @@ def valid_url(url: str) -> bool:
 
 # ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
 
+WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
+
+
 class Refusal(Exception):
     """What is wrong with a request, as the answer to it: `status`, a line of `text`, and `why` for the log."""
 
@@ -202,7 +205,7 @@ class Refusal(Exception):
 
 def challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge to say back to a webhook verification; raise Refusal, with what differed, to a wrong one."""
-    wrong = functools.partial(Refusal, 403, "Error, wrong validation token")
+    wrong = functools.partial(Refusal, 403, WRONG_TOKEN)
     if "hub.verify_token" not in query:
         raise wrong("verification refused: hub.verify_token is missing")
     if not hmac.compare_digest(as_bytes(query["hub.verify_token"]), as_bytes(verify_token)):
@@ -387,7 +390,7 @@ HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_line(file: BufferedReader, too_long: int) -> bytes:
+def read_line(file: io.BufferedReader, too_long: int) -> bytes:
     """Return the next line, its end included; raise Refusal with status `too_long` where it is."""
     line = file.readline(LINE_BYTES)
     if not line.endswith(b"\n"):
@@ -395,7 +398,7 @@ def read_line(file: BufferedReader, too_long: int) -> bytes:
     return line
 
 
-def read_fields(file: BufferedReader) -> Fields:
+def read_fields(file: io.BufferedReader) -> Fields:
     """Return the header fields by their names in lower case, values of the same name joined by a comma.
 
     So a length or a host that is given twice is no length and no host.
@@ -442,12 +445,12 @@ def bounded_length(digits: str) -> int:
     return int(digits)
 
 
-def read_body(file: BufferedReader, length: int) -> bytes:
+def read_body(file: io.BufferedReader, length: int) -> bytes:
     """Return the body of a message framed by `length`, bytes or CHUNKED."""
     return b"".join(chunks(file) if length == CHUNKED else exactly(file, length))
 
 
-def exactly(file: BufferedReader, size: int) -> Iterator[bytes]:
+def exactly(file: io.BufferedReader, size: int) -> Iterator[bytes]:
     """Yield the next `size` bytes, PIECE_BYTES at a time, so that an announced body takes no memory until it comes."""
     while size:
         piece = file.read(min(size, PIECE_BYTES))
@@ -457,7 +460,7 @@ def exactly(file: BufferedReader, size: int) -> Iterator[bytes]:
         size -= len(piece)
 
 
-def chunks(file: BufferedReader) -> Iterator[bytes]:
+def chunks(file: io.BufferedReader) -> Iterator[bytes]:
     """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here."""
     room = BODY_BYTES
     while True:
@@ -714,16 +717,19 @@ def retry_after(response: Response) -> float:
     return email.utils.mktime_tz(date) - time.time() if date else 0.0
 
 
+def credentials(settings: Settings) -> str:
+    """Return the query that says whose call it is: the token, and the proof that the caller has the app's secret."""
+    query = {"access_token": settings.token}
+    if settings.secret:
+        query["appsecret_proof"] = hmac.digest(settings.secret.encode(), settings.token.encode(), "sha256").hex()
+    return urllib.parse.urlencode(query)
+
+
 class Graph:
     """The Graph API, for one page."""
 
     def __init__(self, settings: Settings, client: Client) -> None:
-        self.client = client
-        credentials = {"access_token": settings.token}
-        if settings.secret:
-            proof = hmac.digest(settings.secret.encode(), settings.token.encode(), "sha256")
-            credentials["appsecret_proof"] = proof.hex()
-        self.credentials = urllib.parse.urlencode(credentials)
+        self.client, self.credentials = client, credentials(settings)
 
     def send_message(self, recipient: str, text: str) -> None:
         """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
@@ -920,7 +926,7 @@ class Answer(NamedTuple):
 Respond = Callable[[Request], Answer]
 
 
-def read_request(file: BufferedReader, invite: Callable[[], None]) -> Request:
+def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
     """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for that."""
     line = read_line(file, 414)
     match = REQUEST_LINE.fullmatch(line if line.strip() else read_line(file, 414))  # RFC 9112 grants one empty line
@@ -979,7 +985,7 @@ class Connection(socketserver.StreamRequestHandler):
 
     disable_nagle_algorithm = True
     server: WebServer
-    rfile: BufferedReader
+    rfile: io.BufferedReader
 
     def setup(self) -> None:
         """Begin the first step: a request has to arrive, counted from the connection."""
@@ -1251,10 +1257,357 @@ def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[
     return Bot(settings, limits, clock, proxies)
 
 
+# ---- chat: a rehearsal on the real wire ------------------------------------------------------------------------------
+
+CHAT_LIMITS = Limits(answer=1.0)  # s: the real 4, shortened
+SLOW = 2.5                        # s that a slow Graph takes, more than twice that
+BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
+PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph is to give
+    "/sticker": ("a sticker", {"message": {"attachments": [
+        {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}),
+    "/image": ("an image", {"message": {"attachments": [
+        {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}),
+    "/postback": ("a press on a button", {"postback": {"title": "Get started", "payload": "GET_STARTED"}}),
+    "/read": ("a read receipt", {"read": {"watermark": 1458692752478}}),
+    "/echo": ("the bot's own message, echoed", {"message": {"is_echo": True, "app_id": 1517776481860111, "text": "hello"}}),
+    "/edit": ("an edit", {"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}),
+    "/batch": ("three messages in one delivery", None),
+    "/again": ("the last delivery once more", None),
+    "/unsigned": ("a delivery that is not signed", None),
+    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to 1)" % SLOW, {}),
+    "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
+    "/613": ("Graph says next time that calls come too fast", {"code": 613}),
+    "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
+    "/wire": ("show or hide what goes over the wire, the last exchange first", None),
+    "/help": ("this list", None),
+}
+
+
+class PlayedGraph(WebServer):
+    """Graph, for `chat`: refuses what the real one refuses, and says the rest."""
+
+    def __init__(self, credentials: str, say: Callable[[str], None], show: Callable[..., None]) -> None:
+        routes: Dict[str, Dict[str, Respond]] = {"/v26.0/me/messages": {"POST": self.handle_call}}
+        super().__init__("127.0.0.1", 0, routes, Limits(), time.monotonic)
+        self.credentials, self.say, self.show, self.fault = credentials, say, show, ""
+
+    def handle_call(self, request: Request) -> Answer:
+        """Answer a call of the Send API, with the fault that is played or as it deserves."""
+        secrets = re.sub("=[^&]*", "=***", request.query)
+        self.show("bot > Graph", "POST %s?%s" % (request.path, secrets), request.body.decode())
+        fault, self.fault = self.fault, ""
+        if fault == "/slow":
+            self.closed.wait(SLOW)
+        error = COMMANDS[fault][1] if fault else {}
+        error = error or self.refusal(request)
+        status = 500 if fault == "/500" else 400 if error else 200
+        result = {"error": dict(error, fbtrace_id="played")} if error else {"recipient_id": PERSON, "message_id": "m_out"}
+        self.show("Graph > bot", str(status), json.dumps(result))
+        if not error:
+            self.say(json.loads(request.body)["message"]["text"])
+        return Answer(status, json.dumps(result))
+
+    def refusal(self, request: Request) -> Dict[str, Any]:
+        """Return Graph's error for a call that is wrong, or nothing."""
+        if request.query != self.credentials:
+            return {"code": 190}
+        call = parse_json(request.body)
+        text = call.get("message", {}).get("text")
+        whole = isinstance(text, str) and text.strip() and pieces(text) == [text]
+        return {} if whole and call.get("messaging_type") and call.get("recipient", {}).get("id") else {"code": 100}
+
+
+class Chat:
+    """Plays Messenger and Graph on loopback, with the real bot between them."""
+
+    def __init__(self) -> None:
+        settings = Settings(token=os.urandom(16).hex(), secret=os.urandom(16).hex(), host="127.0.0.1", port=0)
+        self.graph = PlayedGraph(credentials(settings), self.say, self.show)
+        settings = settings._replace(graph_url="http://127.0.0.1:%d/v26.0" % self.graph.server_address[1])
+        self.bot = make_server(settings, CHAT_LIMITS, proxies={})
+        url = "http://127.0.0.1:%d" % self.bot.server_address[1]
+        self.messenger = Client(url, 2 * CHAT_LIMITS.retry, self.bot.deadlines, proxies={})
+        self.secret, self.terminal = settings.secret, sys.stdin.isatty() and sys.stdout.isatty()
+        self.sent, self.said, self.showing, self.body = 0, 0, False, b""
+        self.tape: List[str] = []  # the last exchange
+
+    def run(self) -> int:
+        """Talk until the input ends; return the exit status."""
+        for server in self.graph, self.bot:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+        if self.terminal:
+            self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
+        try:
+            while True:
+                self.hear(input("you> " if self.terminal else ""))
+        except (EOFError, KeyboardInterrupt):
+            self.messenger.close()
+            for server in self.bot, self.graph:
+                server.shutdown()
+                server.close()
+        return 0
+
+    def hear(self, line: str) -> None:
+        """Do what a line of input says."""
+        command = line.strip() if line.startswith("/") else ""
+        if command in ("/batch", "/again", "/unsigned", "/wire", "/help"):
+            getattr(self, command[1:])()
+        elif command in ("/slow", "/500", "/613", "/190"):
+            self.graph.fault = command
+            self.note("(%s; now say something)" % COMMANDS[command][0])
+        elif command in COMMANDS:
+            self.bring(COMMANDS[command][1])
+        elif command:
+            self.note("(there is no %s; /help lists what there is)" % command)
+        elif line:
+            self.bring({"message": {"text": line}})
+
+    def bring(self, *parts: Dict[str, Any]) -> None:
+        """Deliver events with these parts."""
+        entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in parts]}
+        self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
+        self.again()
+
+    def event(self, part: Dict[str, Any]) -> Dict[str, Any]:
+        """Return an event with `part`, and with a mid of its own where it has none."""
+        self.sent += 1
+        (kind, value), = part.items()
+        value = dict({"mid": "m_%d" % self.sent} if kind in ("message", "postback") else {}, **value)
+        sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
+        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": int(time.time() * 1000), kind: value}
+
+    def batch(self) -> None:
+        """Deliver three messages at once."""
+        self.bring(*({"message": {"text": text}} for text in ("one", "two", "three")))
+
+    def again(self) -> None:
+        """Bring the last delivery, signed, until it is settled."""
+        self.deliver({"X-Hub-Signature-256": signature(self.secret, self.body)})
+
+    def unsigned(self) -> None:
+        """Deliver something as anybody could who knows the URL."""
+        self.body = self.body or b"{}"
+        self.deliver({})
+
+    def deliver(self, signed: Fields) -> None:
+        """Bring the delivery `body` as Messenger does: until it is answered with something else than a 503."""
+        said, status = self.said, 503
+        self.tape.clear()
+        for _ in range(BRINGS):
+            self.show("Messenger > bot", "POST /webhook", *("%s: %s" % field for field in signed.items()), self.body.decode())
+            status, _, answer = self.messenger.call("POST", "/webhook", self.body, **signed)
+            self.show("bot > Messenger", "%d %s" % (status, answer.decode()))
+            if status != 503:
+                break
+            self.note("(the bot answered 503, not settled yet: Messenger brings the delivery again)")
+        if status != 200 or self.said == said:
+            self.note("(the bot answered %d %s, and said nothing)" % (status, answer.decode()))
+
+    def say(self, text: str) -> None:
+        """Print what the bot says."""
+        self.said += 1
+        try:
+            print(("bot> " if self.terminal else "") + text, flush=True)
+        except BrokenPipeError:  # nobody reads on
+            os._exit(1)
+
+    def note(self, text: str) -> None:
+        """Print what is about the talk and not of it."""
+        print(text, file=sys.stderr, flush=True)
+
+    def show(self, direction: str, *lines: str) -> None:
+        """Keep a message that went over the wire, and print it if that is wanted."""
+        self.tape.append("\n    ".join(("  " + direction,) + lines))
+        if self.showing:
+            self.note(self.tape[-1])
+
+    def wire(self) -> None:
+        """Show what goes over the wire from now on, and what went last; or show it no more."""
+        self.showing = not self.showing
+        for message in self.tape if self.showing else ["(the wire is hidden again)"]:
+            self.note(message)
+
+    def help(self) -> None:
+        """List the commands."""
+        for command, (meaning, _) in COMMANDS.items():
+            self.note("  %-10s %s" % (command, meaning))
+
+
+
+
+# ---- check: why does it not answer? ----------------------------------------------------------------------------------
+
+CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report, so it takes ten at most
+EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
+Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how to mend it
+ENDED_TOKENS = {458: "ended when the app was removed from the page", 460: "ended with a change of password",
+                463: "has expired", 467: "was revoked"}
+ADVICE: Sequence[Tuple[Any, str]] = (
+    (ssl.SSLCertVerificationError, "its certificate is not trusted: renew it, with its chain, or check this host's clock "
+                                   "and SSL_CERT_FILE"),
+    (ssl.SSLError, "it does not speak TLS: check the address and the port"),
+    (socket.gaierror, "its name cannot be looked up: check the name, and the network of this host"),
+    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within %g s: check the address, the network "
+                                                        "and the firewall" % CHECK_SECONDS),
+    (ConnectionRefusedError, "nothing listens there: check the address and the port, and that it runs"),
+    (OSError, "it cannot be reached: check the network of this host"),
+    (Exception, "it does not speak HTTP: check the address and the port"),
+)
+
+
+def check(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]] = None) -> int:
+    """Print a line for each cause of silence, in order; return the exit status, 0 if all is well."""
+    well = True
+    for holds, what, how in findings(environ, url, proxies):
+        print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(how)), flush=True)
+        well = well and holds
+    return 0 if well else 1
+
+
+def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
+    """Yield what is found, in each part up to the first cause that leaves nothing further to find."""
+    try:
+        settings = settings_from(environ)
+    except SettingsError as error:
+        yield from ((False, "settings", line) for line in error.args)
+        return
+    if not settings.token:
+        yield False, "settings", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token"
+    if not settings.secret:
+        yield False, "settings", "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret"
+    if settings.token and settings.secret:
+        yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
+    if settings.token:
+        yield from graph_findings(settings, proxies)
+    if url:
+        yield from webhook_findings(settings, url, proxies)
+
+
+def graph_findings(settings: Settings, proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
+    """Yield what Graph says of the token, the secret and the subscription."""
+    graph = Graph(settings, Client(settings.graph_url, CHECK_SECONDS, Deadlines(time.monotonic), proxies))
+    what = "token"
+    try:
+        page = within(CHECK_SECONDS, lambda: graph.call("GET", "/me?fields=id,name&"))
+        yield True, what, "it is of \"%s\", id %s" % (page.get("name"), page.get("id"))
+        what = "subscription"
+        yield subscription(as_list(within(CHECK_SECONDS, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")))
+    except ForGood as refusal:
+        yield refused(what, refusal.error)
+    except (Passing, concurrent.futures.TimeoutError) as error:
+        yield False, what, "Graph does not tell: " + advice(error, graph.client.proxy)
+    finally:
+        graph.client.close()
+
+
+def subscription(apps: List[Any]) -> Finding:
+    """Return whether the page's subscribed apps get messages."""
+    fields = sorted({str(field) for app in apps if isinstance(app, dict) for field in as_list(app.get("subscribed_fields"))})
+    if "messages" in fields:
+        return True, "subscription", "the page sends " + ", ".join(fields)
+    trouble = "the app is subscribed to the page without messages" if apps else "the app is not subscribed to the page"
+    return False, "subscription", trouble + ": subscribe it to messages and messaging_postbacks, in Meta's dashboard"
+
+
+def refused(what: str, error: Mapping[str, Any]) -> Finding:
+    """Return what Graph's refusal of the token means, without Graph's message, which may quote it."""
+    code: Any = error.get("code")
+    subcode: Any = error.get("error_subcode")
+    if "appsecret_proof" in str(error.get("message")):
+        return False, "secret", "APP_SECRET is not of the token's app: copy both from the same app"
+    if what == "subscription" and code in (100, 190, 210):
+        return False, "token", "it is a person's and not a page's: make one for the page, in Meta's dashboard"
+    if code == 190:
+        state = ENDED_TOKENS.get(subcode, "is not one that Graph knows, perhaps not copied whole")
+        return False, "token", "it %s: make a new PAGE_ACCESS_TOKEN" % state
+    return False, what, explain(error)
+
+
+def webhook_findings(settings: Settings, url: str, proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
+    """Yield what the public webhook at `url` does, asked as Messenger asks."""
+    if not valid_url(url):
+        yield False, "URL", "it is none: give the whole callback URL, like https://example.com/webhook"
+        return
+    if not url.startswith("https:"):
+        yield False, "URL", "it is not https, and Messenger calls nothing else: put a server with a certificate in front"
+    client = Client(url, CHECK_SECONDS, Deadlines(time.monotonic), proxies)
+    if not client.base:
+        client.base = "/"
+    try:
+        yield from answers(settings, lambda *call, **fields: within(CHECK_SECONDS, lambda: client.call(*call, **fields)))
+    except (Refusal, OSError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
+        yield False, "webhook", advice(error, client.proxy)
+    finally:
+        client.close()
+
+
+def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Finding]:
+    """Yield what the webhook answers to what is right and to what is wrong."""
+    number = str(random.randrange(10 ** 9))
+    query = {"hub.mode": "subscribe", "hub.challenge": number, "hub.verify_token": settings.verify_token}
+    trouble = verification_trouble(ask("GET", "?" + urllib.parse.urlencode(query)), number)
+    yield not trouble, "verification", trouble or "the webhook says the challenge back"
+    if trouble and "VERIFY_TOKEN" not in trouble:
+        return
+    query["hub.verify_token"] += "?"
+    holds = ask("GET", "?" + urllib.parse.urlencode(query)).status == 403
+    yield holds, "wrong token", "it is refused" if holds else "it is let in: this is not echobot"
+    if settings.secret:
+        holds = ask("POST", "", EMPTY, X_Hub_Signature_256=signature(settings.secret, EMPTY)).status == 200
+        yield holds, "signed", "a delivery is taken" if holds else (
+            "a delivery is refused: the bot there has another APP_SECRET, make the two the same")
+    holds = ask("POST", "", EMPTY).status == 403
+    yield holds, "unsigned", "a delivery is refused" if holds else (
+        "a delivery is taken, so anybody can make the bot speak: set APP_SECRET there")
+
+
+def verification_trouble(response: Response, number: str) -> str:
+    """Return what is wrong with the answer to a verification, and how to mend it, or an empty text."""
+    text = response.body.decode("utf-8", "replace")
+    if response.status == 200 and text == number:
+        return ""
+    if 300 <= response.status < 400:
+        return "the URL redirects to %s, and Messenger does not follow: give the URL where it ends" % (
+            response.fields.get("location"))
+    if response.status == 403 and text == WRONG_TOKEN:
+        return "the bot there has another VERIFY_TOKEN: make the two the same"
+    if response.status == 404:
+        return "there is nothing at this path: the callback path is /webhook"
+    return "something else answers there, with status %d: check the address, and that the bot runs" % response.status
+
+
+def advice(error: BaseException, proxy: str) -> str:
+    """Return why a server gives no answer, and what to do."""
+    cause = error.__cause__ or error
+    if "Tunnel connection failed" in str(cause):
+        return "the proxy %s refuses: check https_proxy and no_proxy" % proxy
+    if isinstance(cause, Passing):
+        return str(cause)
+    text = next(text for kind, text in ADVICE if isinstance(cause, kind))
+    return "by way of the proxy %s, %s" % (proxy, text) if proxy else text
+
+
+def within(seconds: float, call: Callable[[], Any]) -> Any:
+    """Return what `call` returns; raise what it raises, or a time-out: the look-up of a name has none of its own."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future.result(seconds)
+
+
 # ---- The commands --------------------------------------------------------------------------------------------------
 
 class LogFormat(logging.Formatter):
     """A line an occurrence: nothing from outside breaks it, or colours the terminal."""
+
+    quotes = False  # on a dry run, and in chat, nobody's words are secret
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, and under it the traceback of a bug."""
@@ -1262,8 +1615,18 @@ class LogFormat(logging.Formatter):
         return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
 
     def formatException(self, exc_info: Any) -> str:
-        """Return the traceback without the exception's own words, which may quote a person's or a secret."""
+        """Return the traceback, without the exception's own words where they might quote a person's, or a secret."""
+        if self.quotes:
+            return super().formatException(exc_info)
         return "".join(traceback.format_tb(exc_info[2])) + str(exc_info[0].__name__)
+
+
+def start_log(level: str, quotes: bool) -> None:
+    """Log to standard error."""
+    handler, handler_format = logging.StreamHandler(), LogFormat()
+    handler_format.quotes = quotes
+    handler.setFormatter(handler_format)
+    logging.basicConfig(level=level, handlers=[handler])
 
 
 def printable(text: str) -> str:
@@ -1273,8 +1636,14 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def serve(settings: Settings) -> int:
+def serve(environ: Mapping[str, str]) -> int:
     """Serve until a signal; return the exit status, if it comes to that."""
+    try:
+        settings = settings_from(environ)
+    except SettingsError as error:
+        print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
+        return 2
+    start_log(settings.log_level, quotes=not settings.token)
     try:
         bot = make_server(settings, within_files(Limits()))
     except OSError as error:
@@ -1324,22 +1693,25 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
     parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve")
+    parser.add_argument("url", nargs="?", help="the public callback URL, for check")
     parser.add_argument("--host", help="where to listen, instead of HOST")
     parser.add_argument("--port", help="where to listen, instead of PORT")
     parser.add_argument("--version", action="version", version="echobot " + __version__)
     options = parser.parse_args(arguments)
-    given = {"HOST": options.host, "PORT": options.port}
-    try:
-        settings = settings_from({**os.environ, **{name: value for name, value in given.items() if value is not None}})
-    except SettingsError as error:
-        for line in error.args:
-            print("echobot: " + line, file=sys.stderr)
-        return 2
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormat())
-    logging.basicConfig(level=settings.log_level, handlers=[handler])
+    if options.url and options.command != "check":
+        parser.error("only check takes a URL")
     threading.stack_size(STACK_BYTES)
-    return serve(settings)
+    for stream in sys.stdin, sys.stdout:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    given = {name: value for name, value in (("HOST", options.host), ("PORT", options.port)) if value is not None}
+    if options.command == "chat":
+        start_log("WARNING", quotes=True)
+        return Chat().run()
+    if options.command == "check":
+        return check(os.environ, options.url)
+    return serve({**os.environ, **given})
 
 
 if __name__ == "__main__":
