@@ -33,6 +33,7 @@ import base64
 import bisect
 import collections
 import concurrent.futures
+import contextlib
 import email.utils
 import functools
 import hashlib
@@ -497,7 +498,8 @@ class Deadlines:
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock, self.open = clock, set()  # type: Callable[[], float], Set[Deadline]
+        self.clock = clock
+        self.open: Set[Deadline] = set()
 
     def set(self, seconds: float, late: Callable[[], None]) -> Deadline:
         """Return a deadline; unless it is met in time, `late` is called."""
@@ -518,15 +520,10 @@ class Deadlines:
         now = self.clock()
         for deadline in self.open.copy():
             if deadline.when <= now and self.meet(deadline):
-                guarded(deadline.late)
-
-
-def guarded(action: Callable[[], None]) -> None:
-    """Do `action`; a bug in it is logged, and stops nothing else."""
-    try:
-        action()
-    except Exception:
-        log.exception("a bug: please report it")
+                try:
+                    deadline.late()
+                except Exception:
+                    log.exception("a bug in the watch")
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -562,8 +559,9 @@ class Link:
         return Response(status, fields, read_body(self.file, length))
 
     def abort(self) -> None:
-        """End an exchange that takes too long, from another thread: this one reads an end of file."""
-        socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+        """End an exchange that takes too long, called by the watch: who waits for the answer reads an end of file."""
+        with contextlib.suppress(OSError):
+            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection."""
@@ -615,18 +613,19 @@ class Client:
         return Link(connection.sock)
 
     def exchange(self, link: Link, request: bytes) -> Response:
-        """Return the server's answer, and keep the connection if it can be used again."""
-        keep = False
-        deadline = self.deadlines.set(self.timeout, link.abort)
+        """Return the server's answer, and keep the connection if it can be used again; raise OSError for none in time."""
+        response, deadline = None, self.deadlines.set(self.timeout, link.abort)
         try:
             response = link.exchange(request)
-            keep = "close" not in response.fields.get("connection", "").lower()
             return response
         finally:
-            if self.deadlines.meet(deadline) and keep:
+            in_time = self.deadlines.meet(deadline)
+            if response and in_time and "close" not in response.fields.get("connection", "").lower():
                 self.idle.append(link)
             else:
                 link.close()
+            if not response and not in_time:
+                raise socket.timeout("timed out")
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -691,7 +690,7 @@ def judge(response: Response) -> Dict[str, Any]:
     error = answer.get("error") if isinstance(answer, dict) else None
     if response.status == 200 and isinstance(answer, dict) and not error:
         return answer
-    if not isinstance(error, dict):
+    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
         raise Passing("HTTP status %d and not Graph's answer: check GRAPH_URL and the proxy" % response.status,
                       retry_after(response))
     if response.status >= 500 or response.status == 429 or error.get("is_transient") or error.get("code") in PASSING:
@@ -1052,12 +1051,10 @@ class Connection(socketserver.StreamRequestHandler):
 
     def end(self, answer: Optional[Answer] = None) -> None:
         """End the connection from another thread, waiting for nobody; this one reads an end of file, if it reads."""
-        try:
+        with contextlib.suppress(OSError):
             self.request.setblocking(False)
             self.request.send(encode(answer, keep=False) if answer else b"")
             self.request.shutdown(socket.SHUT_RDWR)
-        except OSError:
-            pass
         self.server.close_request(self.request)
 
     def finish(self) -> None:
@@ -1117,11 +1114,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def close_request(self, request: Any) -> None:
         """Close a connection and give its place to another; twice is once."""
         super().close_request(request)
-        try:
+        with contextlib.suppress(KeyError):
             self.sockets.remove(request)
             self.places.release()
-        except KeyError:
-            pass
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what has ended a connection: a bug, or that no thread could be started for it."""
