@@ -38,7 +38,6 @@ import email.utils
 import functools
 import hashlib
 import hmac
-import http
 import http.client
 import io
 import itertools
@@ -382,21 +381,21 @@ def inside_character(text: str, start: int, at: int) -> bool:
 
 Fields = Dict[str, str]
 CHUNKED = -1
-TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(rb"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
-STATUS_LINE = re.compile(rb"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
-FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN.decode(), re.M)
+TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
+STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
+FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_line(file: io.BufferedReader, too_long: int) -> bytes:
+def read_line(file: io.BufferedReader, too_long: int) -> str:
     """Return the next line, its end included; raise Refusal with status `too_long` where it is."""
     line = file.readline(LINE_BYTES)
     if not line.endswith(b"\n"):
         raise Refusal(too_long, "A line is too long.") if len(line) == LINE_BYTES else Refusal(400, "It broke off.")
-    return line
+    return line.decode("latin-1")
 
 
 def read_fields(file: io.BufferedReader) -> Fields:
@@ -404,21 +403,21 @@ def read_fields(file: io.BufferedReader) -> Fields:
 
     So a length or a host that is given twice is no length and no host.
     """
-    lines, room = [], HEAD_BYTES
-    for line in iter(functools.partial(read_line, file, 431), b"\r\n"):
-        room -= len(line)
-        if line == b"\n":
+    head, lines = "", 0
+    while True:
+        line = read_line(file, 431)
+        if line in ("\r\n", "\n"):
             break
-        if room < 0:
+        head, lines = head + line, lines + 1
+        if len(head) > HEAD_BYTES:
             raise Refusal(431, "The header fields are too long.")
-        lines.append(line)
-    found = FIELD.findall(b"".join(lines).decode("latin-1"))
-    if len(found) != len(lines):
+    found = FIELD.findall(head)
+    if len(found) != lines:
         raise Refusal(400, "A header field is malformed.")
     fields: Fields = {}
     for name, value in found:
-        known = fields.get(name.lower())
-        fields[name.lower()] = value.rstrip() if known is None else "%s, %s" % (known, value.rstrip())
+        name, value = name.lower(), value.rstrip()
+        fields[name] = fields[name] + ", " + value if name in fields else value
     return fields
 
 
@@ -482,46 +481,39 @@ def chunks(file: io.BufferedReader) -> Iterator[bytes]:
 
 # ---- Deadlines -----------------------------------------------------------------------------------------------------
 
-class Deadline:
-    """A time on the clock, and what to do about whoever misses it."""
-
-    __slots__ = "when", "late"
-
-    def __init__(self, when: float, late: Callable[[], None]) -> None:
-        self.when, self.late = when, late
+class Late(Exception):
+    """The deadline is missed, and the watch has acted."""
 
 
 class Deadlines:
     """Who has until when.  Whoever takes a deadline out may act, and nobody else: the one in time, or the watch.
 
-    To take an item out of a set is one step in Python, so this needs no lock.
+    To take an item out of a dictionary is one step in Python, so this needs no lock.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.open: Set[Deadline] = set()
+        self.tickets = itertools.count()
+        self.open: Dict[int, Tuple[float, Callable[[], None]]] = {}
 
-    def set(self, seconds: float, late: Callable[[], None]) -> Deadline:
-        """Return a deadline; unless it is met in time, `late` is called."""
-        deadline = Deadline(self.clock() + seconds, late)
-        self.open.add(deadline)
-        return deadline
+    def set(self, seconds: float, late: Callable[[], None]) -> int:
+        """Return a ticket; unless it is given to `meet` in so many seconds, the watch calls `late`."""
+        ticket = next(self.tickets)
+        self.open[ticket] = self.clock() + seconds, late
+        return ticket
 
-    def meet(self, deadline: Deadline) -> bool:
-        """Take `deadline` out; return False if it is too late."""
-        try:
-            self.open.remove(deadline)
-            return True
-        except KeyError:
-            return False
+    def meet(self, ticket: int) -> None:
+        """Take the deadline out; raise Late if the watch was quicker."""
+        if self.open.pop(ticket, None) is None:
+            raise Late
 
     def enforce(self) -> None:
         """Act on those that are missed."""
         now = self.clock()
-        for deadline in self.open.copy():
-            if deadline.when <= now and self.meet(deadline):
+        for ticket, (when, late) in self.open.copy().items():
+            if when <= now and self.open.pop(ticket, None):
                 try:
-                    deadline.late()
+                    late()
                 except Exception:
                     log.exception("a bug in the watch")
 
@@ -569,6 +561,9 @@ class Link:
         self.sock.close()
 
 
+NO_ANSWER = OSError, http.client.HTTPException, Refusal, Late
+
+
 class Client:
     """Calls one HTTP server, by the proxies of the environment, over connections that are kept open.
 
@@ -581,26 +576,22 @@ class Client:
         self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
         self.context = ssl.create_default_context() if parts.scheme == "https" else None
         self.proxy, self.proxy_fields = proxy_for(parts.scheme, parts.netloc, proxies)
+        self.common = {"Host": self.host, "User-Agent": "echobot/" + __version__}
+        if self.proxy and not self.context:
+            self.base = "http://%s%s" % (self.host, self.base)
+            self.common.update(self.proxy_fields)
         self.idle: List[Link] = []
 
-    def call(self, method: str, path: str, body: bytes = b"", **fields: str) -> Response:
-        """Return the server's answer; raise OSError, http.client.HTTPException or Refusal where there is none."""
-        request = self.compose(method, path, body, fields)
+    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Response:
+        """Return the server's answer; raise one of NO_ANSWER where there is none."""
+        head = "%s %s%s HTTP/1.1\r\n" % (method, self.base, path)
+        for field in dict(self.common, **fields or {}).items():
+            head += "%s: %s\r\n" % field
+        request = b"%sContent-Length: %d\r\n\r\n%s" % (head.encode("latin-1"), len(body), body)
         try:
             return self.exchange(self.idle.pop(), request)
         except (IndexError, ConnectionError, ssl.SSLError):  # none is open, or the server has closed it while idle
             return self.exchange(self.connect(), request)
-
-    def compose(self, method: str, path: str, body: bytes, fields: Fields) -> bytes:
-        """Return the bytes of a request."""
-        target = self.base + path
-        fields = dict(fields, Host=self.host, Content_Length=str(len(body)), User_Agent="echobot/" + __version__)
-        if self.proxy and not self.context:
-            target = "http://%s%s" % (self.host, target)
-            fields.update(self.proxy_fields)
-        lines = ["%s %s HTTP/1.1" % (method, target)]
-        lines += ["%s: %s" % (name.replace("_", "-"), value) for name, value in fields.items()]
-        return "\r\n".join(lines + ["", ""]).encode("latin-1") + body
 
     def connect(self) -> Link:
         """Return a new connection, by way of the proxy if there is one."""
@@ -613,19 +604,22 @@ class Client:
         return Link(connection.sock)
 
     def exchange(self, link: Link, request: bytes) -> Response:
-        """Return the server's answer, and keep the connection if it can be used again; raise OSError for none in time."""
-        response, deadline = None, self.deadlines.set(self.timeout, link.abort)
+        """Return the server's answer, and keep the connection if it can be used again; raise Late for none in time."""
+        keep = False
+        ticket = self.deadlines.set(self.timeout, link.abort)
         try:
             response = link.exchange(request)
+            self.deadlines.meet(ticket)
+            keep = "close" not in response.fields.get("connection", "").lower()
             return response
+        except (OSError, Refusal):
+            self.deadlines.meet(ticket)
+            raise
         finally:
-            in_time = self.deadlines.meet(deadline)
-            if response and in_time and "close" not in response.fields.get("connection", "").lower():
+            if keep:
                 self.idle.append(link)
             else:
                 link.close()
-            if not response and not in_time:
-                raise socket.timeout("timed out")
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
@@ -733,13 +727,13 @@ class Graph:
     def send_message(self, recipient: str, text: str) -> None:
         """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
         message = {"recipient": {"id": recipient}, "messaging_type": "RESPONSE", "message": {"text": text}}
-        self.call("POST", "/me/messages?", json.dumps(message).encode(), Content_Type="application/json")
+        self.call("POST", "/me/messages?", json.dumps(message).encode(), {"Content-Type": "application/json"})
 
-    def call(self, method: str, path: str, body: bytes = b"", **fields: str) -> Dict[str, Any]:
+    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Dict[str, Any]:
         """Return Graph's answer; raise Passing or ForGood if it is not what was asked for."""
         try:
-            return judge(self.client.call(method, path + self.credentials, body, **fields))
-        except (OSError, http.client.HTTPException, Refusal) as error:
+            return judge(self.client.call(method, path + self.credentials, body, fields))
+        except NO_ANSWER as error:
             raise Passing(describe(error)) from error
 
 
@@ -931,7 +925,7 @@ def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request
     match = REQUEST_LINE.fullmatch(line if line.strip() else read_line(file, 414))  # RFC 9112 grants one empty line
     if match is None:
         raise Refusal(400, "The request line is malformed.")
-    method, target, major, minor = (part.decode("latin-1") for part in match.groups())
+    method, target, major, minor = match.groups()
     if major != "1":
         raise Refusal(505, "The only HTTP spoken here is HTTP/1.1.")
     old, fields = minor == "0", read_fields(file)
@@ -960,7 +954,7 @@ def encode(answer: Answer, keep: bool, with_body: bool = True) -> bytes:
     body = answer.text.encode("utf-8", "replace")
     head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
             "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s%s\r\n" % (
-                answer.status, http.HTTPStatus(answer.status).phrase, http_date(int(time.time())), len(body),
+                answer.status, http.client.responses[answer.status], http_date(int(time.time())), len(body),
                 "Allow: %s\r\n" % answer.allow if answer.allow else "", "" if keep else "Connection: close\r\n"))
     return head.encode() + (body if with_body else b"")
 
@@ -969,10 +963,6 @@ def encode(answer: Answer, keep: bool, with_body: bool = True) -> bytes:
 def http_date(now: int) -> str:
     """Return the Date field of this second."""
     return email.utils.formatdate(now, usegmt=True)
-
-
-class Late(Exception):
-    """The watch has answered in this thread's stead."""
 
 
 class Connection(socketserver.StreamRequestHandler):
@@ -989,7 +979,8 @@ class Connection(socketserver.StreamRequestHandler):
     def setup(self) -> None:
         """Begin the first step: a request has to arrive, counted from the connection."""
         super().setup()
-        self.deadline = self.server.deadlines.set(self.server.limits.request, self.late_request)
+        self.limits, self.deadlines = self.server.limits, self.server.deadlines
+        self.ticket = self.deadlines.set(self.limits.request, self.late_request)
 
     def handle(self) -> None:
         """Serve until either side has had enough."""
@@ -997,7 +988,7 @@ class Connection(socketserver.StreamRequestHandler):
             more = self.arrives()
             while more:
                 more = self.serve() and self.arrives()
-                self.next_step(self.server.limits.request, self.late_request)
+                self.next_step(self.limits.request, self.late_request)
         except (OSError, Late):  # the client is gone, or has its answer
             pass
 
@@ -1015,17 +1006,17 @@ class Connection(socketserver.StreamRequestHandler):
         except Refusal as refusal:
             self.refuse(refusal)
             return False
-        self.next_step(self.server.limits.answer, self.late_answer)
+        self.next_step(self.limits.answer, self.late_answer)
         answer = self.server.answer(request)
         keep = request.keep and not self.server.closing
-        self.next_step(self.server.limits.idle, self.end)
+        self.next_step(self.limits.idle, self.end)
         self.wfile.write(encode(answer, keep, request.method != "HEAD"))
         return keep
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let the client read it: a close on unread input would reset the connection."""
         log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
-        self.next_step(self.server.limits.linger, self.end)
+        self.next_step(self.limits.linger, self.end)
         self.wfile.write(encode(Answer(refusal.status, refusal.text), keep=False))
         self.request.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE_BYTES):
@@ -1033,9 +1024,8 @@ class Connection(socketserver.StreamRequestHandler):
 
     def next_step(self, seconds: float, late: Callable[[], None]) -> None:
         """Go on to a step that has a deadline of its own; raise Late if the watch was quicker."""
-        if not self.server.deadlines.meet(self.deadline):
-            raise Late
-        self.deadline = self.server.deadlines.set(seconds, late)
+        self.deadlines.meet(self.ticket)
+        self.ticket = self.deadlines.set(seconds, late)
 
     def invite(self) -> None:
         """Answer Expect: 100-continue."""
@@ -1043,7 +1033,7 @@ class Connection(socketserver.StreamRequestHandler):
 
     def late_request(self) -> None:
         """Refuse a request that does not arrive; called by the watch."""
-        self.end(Answer(408, "The request did not arrive whole within %g s." % self.server.limits.request))
+        self.end(Answer(408, "The request did not arrive whole within %g s." % self.limits.request))
 
     def late_answer(self) -> None:
         """Answer a delivery whose replies take too long; called by the watch."""
@@ -1059,7 +1049,7 @@ class Connection(socketserver.StreamRequestHandler):
 
     def finish(self) -> None:
         """Give up the deadline."""
-        self.server.deadlines.meet(self.deadline)
+        self.deadlines.open.pop(self.ticket, None)
         self.server.idle.discard(self)
         super().finish()
 
@@ -1391,7 +1381,7 @@ class Chat:
         self.tape.clear()
         for _ in range(BRINGS):
             self.show("Messenger > bot", "POST /webhook", *("%s: %s" % field for field in signed.items()), self.body.decode())
-            status, _, answer = self.messenger.call("POST", "/webhook", self.body, **signed)
+            status, _, answer = self.messenger.call("POST", "/webhook", self.body, signed)
             self.show("bot > Messenger", "%d %s" % (status, answer.decode()))
             if status != 503:
                 break
@@ -1530,8 +1520,8 @@ def webhook_findings(settings: Settings, url: str, proxies: Optional[Dict[str, s
     if not client.base:
         client.base = "/"
     try:
-        yield from answers(settings, lambda *call, **fields: within(CHECK_SECONDS, lambda: client.call(*call, **fields)))
-    except (Refusal, OSError, http.client.HTTPException, concurrent.futures.TimeoutError) as error:
+        yield from answers(settings, lambda *call: within(CHECK_SECONDS, lambda: client.call(*call)))
+    except (*NO_ANSWER, concurrent.futures.TimeoutError) as error:
         yield False, "webhook", advice(error, client.proxy)
     finally:
         client.close()
@@ -1549,7 +1539,7 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
     holds = ask("GET", "?" + urllib.parse.urlencode(query)).status == 403
     yield holds, "wrong token", "it is refused" if holds else "it is let in: this is not echobot"
     if settings.secret:
-        holds = ask("POST", "", EMPTY, X_Hub_Signature_256=signature(settings.secret, EMPTY)).status == 200
+        holds = ask("POST", "", EMPTY, {"X-Hub-Signature-256": signature(settings.secret, EMPTY)}).status == 200
         yield holds, "signed", "a delivery is taken" if holds else (
             "a delivery is refused: the bot there has another APP_SECRET, make the two the same")
     holds = ask("POST", "", EMPTY).status == 403
