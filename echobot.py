@@ -314,7 +314,7 @@ def owed_to(page: str, event: Any) -> Optional[Owed]:
         return None
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
-    return Owed(hashlib.sha256(as_bytes(name)).digest(), sender, mid, text)
+    return Owed(hashlib.blake2b(as_bytes(name), digest_size=16).digest(), sender, mid, text)
 
 
 def identity(party: Any) -> str:
@@ -382,7 +382,7 @@ def inside_character(text: str, start: int, at: int) -> bool:
 Fields = Dict[str, str]
 CHUNKED = -1
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
+REQUEST_LINE = re.compile(r"(?:\r?\n)?(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
 STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
 FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
@@ -390,31 +390,30 @@ HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_line(file: io.BufferedReader, too_long: int) -> str:
-    """Return the next line, its end included; raise Refusal with status `too_long` where it is."""
-    line = file.readline(LINE_BYTES)
-    if not line.endswith(b"\n"):
-        raise Refusal(too_long, "A line is too long.") if len(line) == LINE_BYTES else Refusal(400, "It broke off.")
-    return line.decode("latin-1")
+def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
+    """Return `head` and what follows it up to an empty line; raise Refusal if it is too long, or ends before that."""
+    come = file.peek(1).find(b"\r\n\r\n")
+    if come > 0 and not head:  # all of it, as a rule
+        return file.read(come + 4).decode("latin-1")
+    while not head.endswith((b"\n\r\n", b"\n\n")):
+        line = file.readline(LINE_BYTES)
+        if len(line) == LINE_BYTES or len(head) > HEAD_BYTES:
+            raise Refusal(431 if head else 414, "The header fields are too long." if head else "The line is too long.")
+        if not line.endswith(b"\n"):
+            raise Refusal(400, "It broke off.")
+        head += line
+    return head.decode("latin-1")
 
 
-def read_fields(file: io.BufferedReader) -> Fields:
-    """Return the header fields by their names in lower case, values of the same name joined by a comma.
+def parse_fields(head: str, start: int) -> Fields:
+    """Return the header fields of `head` from `start`, by name in lower case, values of the same name joined by a comma.
 
     So a length or a host that is given twice is no length and no host.
     """
-    head, lines = "", 0
-    while True:
-        line = read_line(file, 431)
-        if line in ("\r\n", "\n"):
-            break
-        head, lines = head + line, lines + 1
-        if len(head) > HEAD_BYTES:
-            raise Refusal(431, "The header fields are too long.")
-    found = FIELD.findall(head)
-    if len(found) != lines:
-        raise Refusal(400, "A header field is malformed.")
     fields: Fields = {}
+    found = FIELD.findall(head, start)
+    if len(found) + 1 != head.count("\n", start):
+        raise Refusal(400, "A header field is malformed.")
     for name, value in found:
         name, value = name.lower(), value.rstrip()
         fields[name] = fields[name] + ", " + value if name in fields else value
@@ -462,21 +461,21 @@ def exactly(file: io.BufferedReader, size: int) -> Iterator[bytes]:
 
 def chunks(file: io.BufferedReader) -> Iterator[bytes]:
     """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here."""
-    room = BODY_BYTES
-    while True:
-        match = CHUNK_LINE.fullmatch(file.readline(LINE_BYTES))
+    room, size = BODY_BYTES, -1
+    while size:
+        line = file.readline(LINE_BYTES)
+        match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise Refusal(400, "A chunk is malformed.")
         size = int(match.group(1), 16)
-        if not size:
-            break
         room -= size
         if room < 0:
             raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
-        yield from exactly(file, size)
-        if file.read(2) != b"\r\n":
-            raise Refusal(400, "A chunk is malformed.")
-    read_fields(file)
+        if size:
+            yield from exactly(file, size)
+            if file.read(2) != b"\r\n":
+                raise Refusal(400, "A chunk is malformed.")
+    parse_fields(read_head(file, line), len(line))
 
 
 # ---- Deadlines -----------------------------------------------------------------------------------------------------
@@ -511,7 +510,7 @@ class Deadlines:
         """Act on those that are missed."""
         now = self.clock()
         for ticket, (when, late) in self.open.copy().items():
-            if when <= now and self.open.pop(ticket, None):
+            if when <= now and self.open.pop(ticket, None) is not None:
                 try:
                     late()
                 except Exception:
@@ -541,10 +540,11 @@ class Link:
             raise ConnectionError("the connection was closed without an answer")
         status = 100
         while status < 200:  # such as 100 Continue: the answer proper is still to come
-            match = STATUS_LINE.fullmatch(read_line(self.file, 400))
+            head = read_head(self.file)
+            match = STATUS_LINE.match(head)
             if match is None:
                 raise Refusal(400, "The answer is not HTTP.")
-            status, fields = int(match.group(1)), read_fields(self.file)
+            status, fields = int(match.group(1)), parse_fields(head, match.end())
         length = framing(fields)
         if length is None:
             return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
@@ -576,18 +576,17 @@ class Client:
         self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
         self.context = ssl.create_default_context() if parts.scheme == "https" else None
         self.proxy, self.proxy_fields = proxy_for(parts.scheme, parts.netloc, proxies)
-        self.common = {"Host": self.host, "User-Agent": "echobot/" + __version__}
+        self.common = "Host: %s\r\nUser-Agent: echobot/%s\r\n" % (self.host, __version__)
         if self.proxy and not self.context:
             self.base = "http://%s%s" % (self.host, self.base)
-            self.common.update(self.proxy_fields)
+            self.common += lines_of(self.proxy_fields)
         self.idle: List[Link] = []
 
     def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Response:
         """Return the server's answer; raise one of NO_ANSWER where there is none."""
-        head = "%s %s%s HTTP/1.1\r\n" % (method, self.base, path)
-        for field in dict(self.common, **fields or {}).items():
-            head += "%s: %s\r\n" % field
-        request = b"%sContent-Length: %d\r\n\r\n%s" % (head.encode("latin-1"), len(body), body)
+        head = "%s %s%s HTTP/1.1\r\n%s%sContent-Length: %d\r\n\r\n" % (
+            method, self.base, path, self.common, lines_of(fields or {}), len(body))
+        request = head.encode("latin-1") + body
         try:
             return self.exchange(self.idle.pop(), request)
         except (IndexError, ConnectionError, ssl.SSLError):  # none is open, or the server has closed it while idle
@@ -625,6 +624,11 @@ class Client:
         """Close the connections that nobody uses."""
         while self.idle:
             self.idle.pop().close()
+
+
+def lines_of(fields: Fields) -> str:
+    """Return the header's lines of `fields`."""
+    return "".join(["%s: %s\r\n" % field for field in fields.items()])
 
 
 def proxy_for(scheme: str, host: str, proxies: Optional[Dict[str, str]]) -> Tuple[str, Fields]:
@@ -749,7 +753,8 @@ class Receipt:
     """What one delivery still owes, and how that ended."""
 
     def __init__(self) -> None:
-        self.owed, self.failed, self.done = 0, False, threading.Event()
+        self.owed, self.failed = 0, False
+        self.done: Optional[threading.Event] = None  # where a thread waits for it
 
 
 class Sending:
@@ -799,24 +804,27 @@ class Outbox:
 
     def enter(self, sendings: Dict[bytes, Sending], receipt: Receipt) -> List[str]:
         """Line up the replies that are new, and join all that are under way; return whose lines are new."""
-        new = {key: sending for key, sending in sendings.items() if key not in self.pending and key not in self.settled}
-        size = sum(sending.size for sending in new.values())
+        new = [sending for key, sending in sendings.items() if key not in self.pending and key not in self.settled]
+        size = sum([sending.size for sending in new])
         if self.size + size > self.limits.pending:
             raise Refusal(503, "Too many replies are pending: bring it again.")
         self.size += size
-        self.pending.update(new)
-        for key in sendings.keys() & self.pending.keys():
-            self.pending[key].receipts.append(receipt)
-            receipt.owed += 1
-        if not receipt.owed:
-            receipt.done.set()
-        return [sending.owed.recipient for sending in new.values() if self.line_up(sending)]
+        fresh = [sending.owed.recipient for sending in new if self.line_up(sending)]
+        for key in sendings:
+            if key in self.pending:
+                self.pending[key].receipts.append(receipt)
+                receipt.owed += 1
+        return fresh
 
     def line_up(self, sending: Sending) -> bool:
         """Put a reply at the end of its person's line; return whether it is the first."""
-        line = self.lines.setdefault(sending.owed.recipient, collections.deque())
-        line.append(sending)
-        return len(line) == 1
+        self.pending[sending.owed.key] = sending
+        line = self.lines.get(sending.owed.recipient)
+        if line:
+            line.append(sending)
+        else:
+            self.lines[sending.owed.recipient] = collections.deque([sending])
+        return not line
 
     def hand_over(self, recipient: str) -> None:
         """Have a person's line sent by the crew."""
@@ -834,7 +842,7 @@ class Outbox:
                 if not line:
                     del self.lines[recipient]
                     return
-            if until and until.done.is_set():
+            if until and not until.owed:
                 self.hand_over(recipient)
                 return
 
@@ -891,8 +899,15 @@ class Outbox:
             for receipt in sending.receipts:
                 receipt.owed -= 1
                 receipt.failed = receipt.failed or not settled
-                if receipt.failed or not receipt.owed:
+                if receipt.done and (receipt.failed or not receipt.owed):
                     receipt.done.set()
+
+    def settle(self, receipt: Receipt, seconds: float) -> bool:
+        """Wait so long for what a delivery owes; return whether it is settled."""
+        with self.lock:
+            if receipt.owed and not receipt.failed:
+                receipt.done = threading.Event()
+        return (not receipt.done or receipt.done.wait(seconds)) and not receipt.failed
 
 
 # ---- The server: anybody's requests, a thread a connection -----------------------------------------------------------
@@ -921,14 +936,14 @@ Respond = Callable[[Request], Answer]
 
 def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
     """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for that."""
-    line = read_line(file, 414)
-    match = REQUEST_LINE.fullmatch(line if line.strip() else read_line(file, 414))  # RFC 9112 grants one empty line
+    head = read_head(file)
+    match = REQUEST_LINE.match(head)
     if match is None:
         raise Refusal(400, "The request line is malformed.")
     method, target, major, minor = match.groups()
     if major != "1":
         raise Refusal(505, "The only HTTP spoken here is HTTP/1.1.")
-    old, fields = minor == "0", read_fields(file)
+    old, fields = minor == "0", parse_fields(head, match.end())
     check_host(fields, old)
     length = framing(fields)
     if length == CHUNKED and old:
@@ -1185,7 +1200,7 @@ class Bot(WebServer):
             raise Refusal(400, "The body is not a JSON object in UTF-8.")
         owed, bugs = self.owed(payload)
         receipt = self.outbox.deliver(owed)
-        if not receipt.done.wait(self.limits.answer) or receipt.failed:
+        if not self.outbox.settle(receipt, self.limits.answer):
             return self.late_answer()
         return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
 
