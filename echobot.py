@@ -184,7 +184,7 @@ def valid_url(url: str) -> bool:
     """Return whether `url` is http or https, names a host, and has no user, query or fragment."""
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.port != 0 and bool(parts.hostname)
+        usable = parts.port != 0 and bool((parts.hostname or "").encode("idna"))
     except ValueError:
         return False
     return usable and parts.scheme in ("http", "https") and bool(re.fullmatch("[!-~]+", url)) and not set("?#@") & set(url)
@@ -361,14 +361,17 @@ def best_cut(text: str, start: int, end: int) -> int:
     return next(itertools.chain(after_space, between(start)), end)
 
 
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
 def inside_character(text: str, start: int, at: int) -> bool:
     """Return whether `text`, from `start` on, is within what a reader sees as one character at `at`."""
     before, after = text[at - 1], text[at]
     if before == "\u200d" or after == "\u200d" or before + after == "\r\n":
         return True
-    if "\U0001f1e6" <= after <= "\U0001f1ff":  # a flag is two of these letters
-        letters = re.search("[\U0001f1e6-\U0001f1ff]*$", text[start:at])
-        return letters is not None and len(letters.group()) % 2 == 1
+    if after in FLAG_LETTERS:  # a flag is two of them
+        piece = text[start:at]
+        return (len(piece) - len(piece.rstrip(FLAG_LETTERS))) % 2 == 1
     return (unicodedata.category(after) in ("Mn", "Mc", "Me")
             or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"
             or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
@@ -415,7 +418,7 @@ def parse_fields(head: str, start: int) -> Fields:
     if len(found) + 1 != head.count("\n", start):
         raise Refusal(400, "A header field is malformed.")
     for name, value in found:
-        name, value = name.lower(), value.rstrip()
+        name, value = name.lower(), value.rstrip(" \t")
         fields[name] = fields[name] + ", " + value if name in fields else value
     return fields
 
@@ -424,7 +427,7 @@ def framing(fields: Fields) -> Optional[int]:
     """Return how many bytes of body follow, CHUNKED, or None where the fields do not say; raise Refusal in doubt."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
-        codings = [name.strip().lower() for name in coding.split(",")]
+        codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or "chunked" in codings[:-1]:
             raise Refusal(400, "Where the body ends is in doubt: chunked goes last, and without a Content-Length.")
         if codings != ["chunked"]:
@@ -1646,8 +1649,9 @@ def serve(environ: Mapping[str, str]) -> int:
     start_log(settings.log_level, quotes=not settings.token)
     try:
         bot = make_server(settings, within_files(Limits()))
-    except OSError as error:
-        print("cannot listen on %s port %d: %s" % (settings.host, settings.port, error.strerror), file=sys.stderr)
+    except (OSError, UnicodeError) as error:
+        trouble = getattr(error, "strerror", None) or "HOST is no name: set it to an address of this host, or remove it"
+        print("echobot: cannot listen on %s port %d: %s" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
     announce(settings, bot.server_address)
     for number in signal.SIGINT, signal.SIGTERM:
