@@ -68,10 +68,10 @@ log = logging.getLogger("echobot")
 def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`; None or an empty text says nothing.
 
-    `message` is a person's message as Messenger describes it, {"mid": …, "text": …, "attachments": […], …}, or a press
-    on a button, {"title": …, "payload": …}.  `text` and `title` are texts, or they are absent.
+    `message` is a person's message as Messenger describes it, {"mid": …, "text": …, "attachments": […], …}; `text` is
+    absent where there is none.  A press on a button comes as {"text": its title, "payload": …}.
     """
-    return message.get("text") or message.get("title") or "I can't echo this"
+    return message.get("text") or "I can't echo this"
 
 
 # ---- Limits --------------------------------------------------------------------------------------------------------
@@ -136,14 +136,15 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
     def value(name: str, default: str) -> str:
         return unquoted(environ.get(name, "")) or default
 
+    usual = Settings()
     settings = Settings(
-        token=value("PAGE_ACCESS_TOKEN", ""),
-        secret=value("APP_SECRET", ""),
-        verify_token=value("VERIFY_TOKEN", Settings().verify_token),
-        host=value("HOST", Settings().host),
-        port=port_number(value("PORT", str(Settings().port))),
-        graph_url=value("GRAPH_URL", Settings().graph_url).rstrip("/"),
-        log_level=value("LOG_LEVEL", Settings().log_level).upper(),
+        token=value("PAGE_ACCESS_TOKEN", usual.token),
+        secret=value("APP_SECRET", usual.secret),
+        verify_token=value("VERIFY_TOKEN", usual.verify_token),
+        host=value("HOST", usual.host),
+        port=port_number(value("PORT", str(usual.port))),
+        graph_url=value("GRAPH_URL", usual.graph_url).rstrip("/"),
+        log_level=value("LOG_LEVEL", usual.log_level).upper(),
     )
     wrong = list(wrong_settings(settings, value("ALLOW_UNSIGNED", "0")))
     if wrong:
@@ -278,7 +279,7 @@ class Owed(NamedTuple):
 def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
     """Yield the page's id and the event, for each item of `messaging` in each `entry` of a delivery.
 
-    What is not a list or an object where one belongs is yielded as an event, for `owed_to` to complain of.
+    A lone object counts as a list of one; what is neither is yielded as an event, for `owed_to` to complain of.
     """
     if payload.get("object") != "page":
         return
@@ -324,13 +325,13 @@ def identity(party: Any) -> str:
 
 
 def checked(kind: str, message: Any) -> Dict[str, Any]:
-    """Return `message`; raise Malformed where it is not what `reply` is promised."""
+    """Return `message` as `reply` is promised to get it; raise Malformed where that cannot be."""
     if not isinstance(message, dict):
         raise Malformed("its %s is not an object" % kind)
-    for name in "text", "title":
-        if not isinstance(message.get(name, ""), (str, type(None))):
-            raise Malformed("the %s of its %s is not a text" % (name, kind))
-    return message
+    text = message.get("text" if kind == "message" else "title")
+    if not isinstance(text, (str, type(None))):
+        raise Malformed("the text of its %s is none" % kind)
+    return dict(message, text=text or "")
 
 
 def pieces(text: str) -> List[str]:
@@ -354,11 +355,9 @@ def furthest(text: str, start: int) -> int:
 
 def best_cut(text: str, start: int, end: int) -> int:
     """Return where to end a piece: after white space in its second half, else between two characters, else at `end`."""
-    def between(first: int) -> Iterator[int]:
-        return (at for at in range(end, first, -1) if not inside_character(text, start, at))
-
-    after_space = (at for at in between((start + end) // 2) if text[at - 1].isspace())
-    return next(itertools.chain(after_space, between(start)), end)
+    after_space = (at for at in range(end, (start + end) // 2, -1) if text[at - 1].isspace())
+    anywhere = range(end, start, -1)
+    return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, start, at)), end)
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
