@@ -46,6 +46,7 @@ import logging
 import os
 import random
 import re
+import select
 import signal
 import socket
 import socketserver
@@ -69,7 +70,7 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`; None or an empty text says nothing.
 
     `message` is a person's message as Messenger describes it, {"mid": …, "text": …, "attachments": […], …}; `text` is
-    absent where there is none.  A press on a button comes as {"text": its title, "payload": …}.
+    empty where there is none.  A press on a button comes as {"text": its title, "payload": …}.
     """
     return message.get("text") or "I can't echo this"
 
@@ -389,14 +390,15 @@ STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
 FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
-CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]{1,8})[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
+END_OF_HEAD = re.compile(rb"\n\r?\n")
+CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
 def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
     """Return `head` and what follows it up to an empty line; raise Refusal if it is too long, or ends before that."""
-    come = file.peek(1).find(b"\r\n\r\n")
-    if come > 0 and not head:  # all of it, as a rule
-        return file.read(come + 4).decode("latin-1")
+    end = END_OF_HEAD.search(file.peek(1))
+    if end and not head:  # all of it has come, as a rule
+        return file.read(end.end()).decode("latin-1")
     while not head.endswith((b"\n\r\n", b"\n\n")):
         line = file.readline(LINE_BYTES)
         if len(line) == LINE_BYTES or len(head) > HEAD_BYTES:
@@ -416,9 +418,9 @@ def parse_fields(head: str, start: int) -> Fields:
     found = FIELD.findall(head, start)
     if len(found) + 1 != head.count("\n", start):
         raise Refusal(400, "A header field is malformed.")
-    for name, value in found:
-        name, value = name.lower(), value.rstrip(" \t")
-        fields[name] = fields[name] + ", " + value if name in fields else value
+    for spelling, value in found:
+        name = spelling.lower()
+        fields[name] = (fields[name] + ", " if name in fields else "") + value.rstrip(" \t")
     return fields
 
 
@@ -462,17 +464,20 @@ def exactly(file: io.BufferedReader, size: int) -> Iterator[bytes]:
 
 
 def chunks(file: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here."""
-    room, size = BODY_BYTES, -1
+    """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here.
+
+    The lines between the chunks are bounded too: a body of chunks of a byte each would cost seconds.
+    """
+    room, lines, size = BODY_BYTES, PIECE_BYTES, -1
     while size:
         line = file.readline(LINE_BYTES)
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise Refusal(400, "A chunk is malformed.")
         size = int(match.group(1), 16)
-        room -= size
-        if room < 0:
-            raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
+        room, lines = room - size, lines - len(line)
+        if room < 0 or lines < 0:
+            raise Refusal(413, "The body is longer than %d bytes, or in too many chunks." % BODY_BYTES)
         if size:
             yield from exactly(file, size)
             if file.read(2) != b"\r\n":
@@ -533,7 +538,8 @@ class Link:
     """A connection to an HTTP server, and what has been read ahead from it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.file = sock, sock.makefile("rb")
+        self.sock = sock
+        self.file: io.BufferedReader = sock.makefile("rb", LINE_BYTES)  # type: ignore[assignment]
 
     def exchange(self, request: bytes) -> Response:
         """Return the server's answer; raise ConnectionError if it closed instead, Refusal if it is not HTTP."""
@@ -551,6 +557,14 @@ class Link:
         if length is None:
             return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
         return Response(status, fields, read_body(self.file, length))
+
+    def spent(self) -> bool:
+        """Return whether the server has closed the connection, or has said something unasked, while it was idle."""
+        if hasattr(select, "poll"):  # on all but Windows; select.select takes no file above the 1024th
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            return bool(poll.poll(0))
+        return bool(select.select([self.sock], [], [], 0)[0])
 
     def abort(self) -> None:
         """End an exchange that takes too long, called by the watch: who waits for the answer reads an end of file."""
@@ -589,10 +603,17 @@ class Client:
         head = "%s %s%s HTTP/1.1\r\n%s%sContent-Length: %d\r\n\r\n" % (
             method, self.base, path, self.common, lines_of(fields or {}), len(body))
         request = head.encode("latin-1") + body
-        try:
-            return self.exchange(self.idle.pop(), request)
-        except (IndexError, ConnectionError, ssl.SSLError):  # none is open, or the server has closed it while idle
-            return self.exchange(self.connect(), request)
+        with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError):  # none is open, or not any more
+            return self.exchange(self.reuse(), request)
+        return self.exchange(self.connect(), request)
+
+    def reuse(self) -> Link:
+        """Return a connection that is open and idle; raise IndexError if there is none."""
+        link = self.idle.pop()
+        while link.spent():
+            link.close()
+            link = self.idle.pop()
+        return link
 
     def connect(self) -> Link:
         """Return a new connection, by way of the proxy if there is one."""
@@ -703,8 +724,8 @@ def explain(error: Mapping[str, Any]) -> str:
     code = error.get("code")
     missing = "a permission is missing: check the app's permissions and the page's tasks"
     meaning = MEANINGS.get(code) or (missing if code in range(200, 300) else "see Meta's list of error codes")
-    return "code %s, subcode %s: %s (fbtrace_id %s)" % (
-        code, error.get("error_subcode", "none"), meaning, error.get("fbtrace_id", "none"))
+    subcode = ", subcode %s" % error["error_subcode"] if "error_subcode" in error else ""
+    return "code %s%s: %s (fbtrace_id %s)" % (code, subcode, meaning, error.get("fbtrace_id", "none"))
 
 
 def retry_after(response: Response) -> float:
@@ -712,8 +733,10 @@ def retry_after(response: Response) -> float:
     value = response.fields.get("retry-after", "")
     if re.fullmatch("[0-9]{1,6}", value):
         return float(value)
-    date = email.utils.parsedate_tz(value)
-    return email.utils.mktime_tz(date) - time.time() if date else 0.0
+    try:
+        return email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+    except (TypeError, ValueError, IndexError, OverflowError):  # each is raised for some that are neither
+        return 0.0
 
 
 def credentials(settings: Settings) -> str:
@@ -990,13 +1013,14 @@ class Connection(socketserver.StreamRequestHandler):
     """
 
     disable_nagle_algorithm = True
+    rbufsize = LINE_BYTES
     server: WebServer
     rfile: io.BufferedReader
 
     def setup(self) -> None:
         """Begin the first step: a request has to arrive, counted from the connection."""
         super().setup()
-        self.limits, self.deadlines = self.server.limits, self.server.deadlines
+        self.limits, self.deadlines, self.ended = self.server.limits, self.server.deadlines, threading.Event()
         self.ticket = self.deadlines.set(self.limits.request, self.late_request)
 
     def handle(self) -> None:
@@ -1006,8 +1030,10 @@ class Connection(socketserver.StreamRequestHandler):
             while more:
                 more = self.serve() and self.arrives()
                 self.next_step(self.limits.request, self.late_request)
-        except (OSError, Late):  # the client is gone, or has its answer
+        except OSError:  # the client is gone
             pass
+        except Late:  # the watch answers: to close now would cut it short
+            self.ended.wait(self.limits.linger)
 
     def arrives(self) -> bool:
         """Wait for a request; return False where the client closes instead, or the server is closing."""
@@ -1063,6 +1089,7 @@ class Connection(socketserver.StreamRequestHandler):
             self.request.send(encode(answer, keep=False) if answer else b"")
             self.request.shutdown(socket.SHUT_RDWR)
         self.server.close_request(self.request)
+        self.ended.set()
 
     def finish(self) -> None:
         """Give up the deadline."""
@@ -1297,27 +1324,35 @@ class PlayedGraph(WebServer):
     def handle_call(self, request: Request) -> Answer:
         """Answer a call of the Send API, with the fault that is played or as it deserves."""
         secrets = re.sub("=[^&]*", "=***", request.query)
-        self.show("bot > Graph", "POST %s?%s" % (request.path, secrets), request.body.decode())
+        self.show("bot > Graph", "POST %s?%s HTTP/1.1" % (request.path, secrets), request.body.decode())
         fault, self.fault = self.fault, ""
         if fault == "/slow":
             self.closed.wait(SLOW)
         error = COMMANDS[fault][1] if fault else {}
         error = error or self.refusal(request)
         status = 500 if fault == "/500" else 400 if error else 200
-        result = {"error": dict(error, fbtrace_id="played")} if error else {"recipient_id": PERSON, "message_id": "m_out"}
-        self.show("Graph > bot", str(status), json.dumps(result))
+        if error:
+            error = dict({"message": "(#%d) as played" % error["code"], "type": "OAuthException"}, **error, fbtrace_id="played")
+        result = json.dumps({"error": error} if error else {"recipient_id": PERSON, "message_id": "m_out"})
+        self.show("Graph > bot", "HTTP/1.1 %d" % status, result)
         if not error:
             self.say(json.loads(request.body)["message"]["text"])
-        return Answer(status, json.dumps(result))
+        return Answer(status, result)
 
     def refusal(self, request: Request) -> Dict[str, Any]:
         """Return Graph's error for a call that is wrong, or nothing."""
-        if request.query != self.credentials:
+        given, right = (dict(urllib.parse.parse_qsl(query)) for query in (request.query, self.credentials))
+        if given.get("access_token") != right["access_token"]:
             return {"code": 190}
-        call = parse_json(request.body)
-        text = call.get("message", {}).get("text")
-        whole = isinstance(text, str) and text.strip() and pieces(text) == [text]
-        return {} if whole and call.get("messaging_type") and call.get("recipient", {}).get("id") else {"code": 100}
+        if given != right:
+            return {"code": 100, "message": "Invalid appsecret_proof provided in the API argument"}
+        try:
+            call = parse_json(request.body)
+            text = call["message"]["text"]
+            whole = text.strip() and pieces(text) == [text] and call["messaging_type"] and call["recipient"]["id"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            whole = False
+        return {} if whole else {"code": 100}
 
 
 class Chat:
@@ -1344,6 +1379,7 @@ class Chat:
             while True:
                 self.hear(input("you> " if self.terminal else ""))
         except (EOFError, KeyboardInterrupt):
+            print(end="\n" if self.terminal else "")
             self.messenger.close()
             for server in self.bot, self.graph:
                 server.shutdown()
@@ -1362,7 +1398,7 @@ class Chat:
             self.bring(COMMANDS[command][1])
         elif command:
             self.note("(there is no %s; /help lists what there is)" % command)
-        elif line:
+        elif line.strip():
             self.bring({"message": {"text": line}})
 
     def bring(self, *parts: Dict[str, Any]) -> None:
@@ -1385,6 +1421,9 @@ class Chat:
 
     def again(self) -> None:
         """Bring the last delivery, signed, until it is settled."""
+        if not self.body:
+            self.note("(nothing has been delivered yet)")
+            return
         self.deliver({"X-Hub-Signature-256": signature(self.secret, self.body)})
 
     def unsigned(self) -> None:
@@ -1397,14 +1436,16 @@ class Chat:
         said, status = self.said, 503
         self.tape.clear()
         for _ in range(BRINGS):
-            self.show("Messenger > bot", "POST /webhook", *("%s: %s" % field for field in signed.items()), self.body.decode())
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, signed.items()), self.body.decode())
             status, _, answer = self.messenger.call("POST", "/webhook", self.body, signed)
-            self.show("bot > Messenger", "%d %s" % (status, answer.decode()))
+            self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
                 break
             self.note("(the bot answered 503, not settled yet: Messenger brings the delivery again)")
-        if status != 200 or self.said == said:
-            self.note("(the bot answered %d %s, and said nothing)" % (status, answer.decode()))
+        if status != 200:
+            self.note("(the bot answered %d: %s)" % (status, answer.decode()))
+        elif self.said == said:
+            self.note("(the bot answered 200 ok, and had nothing to say)")
 
     def say(self, text: str) -> None:
         """Print what the bot says."""
@@ -1427,7 +1468,8 @@ class Chat:
     def wire(self) -> None:
         """Show what goes over the wire from now on, and what went last; or show it no more."""
         self.showing = not self.showing
-        for message in self.tape if self.showing else ["(the wire is hidden again)"]:
+        self.note("(the wire is shown from now on)" if self.showing else "(the wire is hidden again)")
+        for message in self.tape if self.showing else ():
             self.note(message)
 
     def help(self) -> None:
@@ -1443,31 +1485,34 @@ class Chat:
 CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report, so it takes ten at most
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
 Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how to mend it
-ENDED_TOKENS = {458: "ended when the app was removed from the page", 460: "ended with a change of password",
-                463: "has expired", 467: "was revoked"}
+ENDED_TOKENS = {"458": "ended when the app was removed from the page", "460": "ended with a change of password",
+                "463": "has expired", "467": "was revoked"}
 ADVICE: Sequence[Tuple[Any, str]] = (
-    (ssl.SSLCertVerificationError, "its certificate is not trusted: renew it, with its chain, or check this host's clock "
+    (ssl.SSLCertVerificationError, "the certificate is not trusted: renew it, with its chain, or check this host's clock "
                                    "and SSL_CERT_FILE"),
-    (ssl.SSLError, "it does not speak TLS: check the address and the port"),
-    (socket.gaierror, "its name cannot be looked up: check the name, and the network of this host"),
-    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within %g s: check the address, the network "
-                                                        "and the firewall" % CHECK_SECONDS),
+    (ssl.SSLError, "what is there does not speak TLS: check the address and the port"),
+    (socket.gaierror, "the name cannot be looked up: check the name, and the network of this host"),
+    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {:g} s: check the address, the "
+                                                        "network and the firewall"),
     (ConnectionRefusedError, "nothing listens there: check the address and the port, and that it runs"),
+    (ConnectionError, "it closes the connection without an answer: check the address and the port"),
     (OSError, "it cannot be reached: check the network of this host"),
-    (Exception, "it does not speak HTTP: check the address and the port"),
+    (Exception, "something else answers there: check the address and the port"),
 )
 
 
-def check(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]] = None) -> int:
+def check(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]] = None,
+          seconds: float = CHECK_SECONDS) -> int:
     """Print a line for each cause of silence, in order; return the exit status, 0 if all is well."""
-    well = True
-    for holds, what, how in findings(environ, url, proxies):
+    problems = 0
+    for holds, what, how in findings(environ, url, proxies, seconds):
         print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(how)), flush=True)
-        well = well and holds
-    return 0 if well else 1
+        problems += not holds
+    return 1 if problems else 0
 
 
-def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
+def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]],
+             seconds: float) -> Iterator[Finding]:
     """Yield what is found, in each part up to the first cause that leaves nothing further to find."""
     try:
         settings = settings_from(environ)
@@ -1481,26 +1526,27 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[D
     if settings.token and settings.secret:
         yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
     if settings.token:
-        yield from graph_findings(settings, proxies)
-    if url:
-        yield from webhook_findings(settings, url, proxies)
+        yield from graph_findings(settings, Client(settings.graph_url, seconds, Deadlines(time.monotonic), proxies))
+    if url and not valid_url(url):
+        yield False, "URL", "it is none: give the whole callback URL, without ? and #, like https://example.com/webhook"
+    elif url:
+        yield from webhook_findings(settings, Client(url, seconds, Deadlines(time.monotonic), proxies))
 
 
-def graph_findings(settings: Settings, proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
+def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     """Yield what Graph says of the token, the secret and the subscription."""
-    graph = Graph(settings, Client(settings.graph_url, CHECK_SECONDS, Deadlines(time.monotonic), proxies))
-    what = "token"
+    graph, what = Graph(settings, client), "token"
     try:
-        page = within(CHECK_SECONDS, lambda: graph.call("GET", "/me?fields=id,name&"))
-        yield True, what, "it is of \"%s\", id %s" % (page.get("name"), page.get("id"))
+        page = within(client.timeout, lambda: graph.call("GET", "/me?fields=id,name&"))
+        yield True, what, "it is valid, of \"%s\", id %s" % (page.get("name"), page.get("id"))
         what = "subscription"
-        yield subscription(as_list(within(CHECK_SECONDS, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")))
+        yield subscription(as_list(within(client.timeout, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")))
     except ForGood as refusal:
         yield refused(what, refusal.error)
     except (Passing, concurrent.futures.TimeoutError) as error:
-        yield False, what, "Graph does not tell: " + advice(error, graph.client.proxy)
+        yield False, what, "Graph, %s, does not tell: %s" % (client.host, advice(error, client))
     finally:
-        graph.client.close()
+        client.close()
 
 
 def subscription(apps: List[Any]) -> Finding:
@@ -1514,32 +1560,28 @@ def subscription(apps: List[Any]) -> Finding:
 
 def refused(what: str, error: Mapping[str, Any]) -> Finding:
     """Return what Graph's refusal of the token means, without Graph's message, which may quote it."""
-    code: Any = error.get("code")
-    subcode: Any = error.get("error_subcode")
+    code: Any = error["code"]
     if "appsecret_proof" in str(error.get("message")):
         return False, "secret", "APP_SECRET is not of the token's app: copy both from the same app"
     if what == "subscription" and code in (100, 190, 210):
-        return False, "token", "it is a person's and not a page's: make one for the page, in Meta's dashboard"
+        return False, what, "the token is a person's and not a page's: make one for the page, in Meta's dashboard"
+    if what == "subscription" and code in (10, *range(200, 300)):
+        return False, what, "the token may not tell: make one that has pages_manage_metadata"
     if code == 190:
-        state = ENDED_TOKENS.get(subcode, "is not one that Graph knows, perhaps not copied whole")
-        return False, "token", "it %s: make a new PAGE_ACCESS_TOKEN" % state
+        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is not one that Graph knows, perhaps not copied whole")
+        return False, what, "it %s: make a new PAGE_ACCESS_TOKEN" % state
     return False, what, explain(error)
 
 
-def webhook_findings(settings: Settings, url: str, proxies: Optional[Dict[str, str]]) -> Iterator[Finding]:
-    """Yield what the public webhook at `url` does, asked as Messenger asks."""
-    if not valid_url(url):
-        yield False, "URL", "it is none: give the whole callback URL, like https://example.com/webhook"
-        return
-    if not url.startswith("https:"):
+def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
+    """Yield what the public webhook does, asked as Messenger asks."""
+    if not client.context:
         yield False, "URL", "it is not https, and Messenger calls nothing else: put a server with a certificate in front"
-    client = Client(url, CHECK_SECONDS, Deadlines(time.monotonic), proxies)
-    if not client.base:
-        client.base = "/"
+    client.base = client.base or "/"
     try:
-        yield from answers(settings, lambda *call: within(CHECK_SECONDS, lambda: client.call(*call)))
+        yield from answers(settings, lambda *call: within(client.timeout, lambda: client.call(*call)))
     except (*NO_ANSWER, concurrent.futures.TimeoutError) as error:
-        yield False, "webhook", advice(error, client.proxy)
+        yield False, "webhook", advice(error, client)
     finally:
         client.close()
 
@@ -1554,7 +1596,7 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
         return
     query["hub.verify_token"] += "?"
     holds = ask("GET", "?" + urllib.parse.urlencode(query)).status == 403
-    yield holds, "wrong token", "it is refused" if holds else "it is let in: this is not echobot"
+    yield holds, "other token", "another verify token is refused" if holds else "any verify token is taken: this is not echobot"
     if settings.secret:
         holds = ask("POST", "", EMPTY, {"X-Hub-Signature-256": signature(settings.secret, EMPTY)}).status == 200
         yield holds, "signed", "a delivery is taken" if holds else (
@@ -1570,8 +1612,8 @@ def verification_trouble(response: Response, number: str) -> str:
     if response.status == 200 and text == number:
         return ""
     if 300 <= response.status < 400:
-        return "the URL redirects to %s, and Messenger does not follow: give the URL where it ends" % (
-            response.fields.get("location"))
+        place = response.fields.get("location", "").partition("?")[0]  # what follows may hold the verify token
+        return "the URL redirects to %s, and Messenger does not follow: give the URL where it ends" % (place or "nowhere")
     if response.status == 403 and text == WRONG_TOKEN:
         return "the bot there has another VERIFY_TOKEN: make the two the same"
     if response.status == 404:
@@ -1579,15 +1621,15 @@ def verification_trouble(response: Response, number: str) -> str:
     return "something else answers there, with status %d: check the address, and that the bot runs" % response.status
 
 
-def advice(error: BaseException, proxy: str) -> str:
+def advice(error: BaseException, client: Client) -> str:
     """Return why a server gives no answer, and what to do."""
     cause = error.__cause__ or error
     if "Tunnel connection failed" in str(cause):
-        return "the proxy %s refuses: check https_proxy and no_proxy" % proxy
-    if isinstance(cause, Passing):
+        return "the proxy %s refuses: check https_proxy and no_proxy" % client.proxy
+    if isinstance(cause, Passing):  # an answer, and not Graph's
         return str(cause)
-    text = next(text for kind, text in ADVICE if isinstance(cause, kind))
-    return "by way of the proxy %s, %s" % (proxy, text) if proxy else text
+    text = next(text for kind, text in ADVICE if isinstance(cause, kind)).format(client.timeout)
+    return "by way of the proxy %s, %s" % (client.proxy, text) if client.proxy else text
 
 
 def within(seconds: float, call: Callable[[], Any]) -> Any:
@@ -1710,6 +1752,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     given = {name: value for name, value in (("HOST", options.host), ("PORT", options.port)) if value is not None}
     if options.command == "chat":
+        if not sys.stdin or not sys.stdout:
+            parser.error("chat needs standard input and output")
         start_log("WARNING", quotes=True)
         return Chat().run()
     if options.command == "check":
