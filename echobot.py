@@ -853,10 +853,14 @@ class Outbox:
 
     def hand_over(self, recipient: str) -> None:
         """Have a person's line sent by the crew."""
+        self.recruit(self.send_line, recipient)
+
+    def recruit(self, *work: Any) -> None:
+        """Give the crew work; where no thread can be had it stays in the crew's queue, and a second later a try is made."""
         try:
-            self.crew.submit(self.send_line, recipient)
-        except RuntimeError:  # no more threads can be had: those that there are will come to it
-            log.warning("no thread could be started")
+            self.crew.submit(*work)
+        except RuntimeError:
+            self.deadlines.set(1.0, functools.partial(self.recruit, int))
 
     def send_line(self, recipient: str, until: Optional[Receipt] = None) -> None:
         """Send a person's replies, until none is left, one has to wait, or `until` is done."""
@@ -908,9 +912,9 @@ class Outbox:
         pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
         pause = max(0.0, min(max(pause, failure.retry_after), sending.give_up - now))
         sending.tries += 1
+        self.deadlines.set(pause, functools.partial(self.hand_over, sending.owed.recipient))
         log.warning("the reply to %s, mid %s, failed for now and is tried again in %.1f s: %s",
                     sending.owed.recipient, sending.owed.mid, pause, failure)
-        self.deadlines.set(pause, functools.partial(self.hand_over, sending.owed.recipient))
 
     def end(self, sending: Sending, settled: bool) -> None:
         """Tell all deliveries that wait for the reply; remember it if it is settled, else forget it."""
@@ -1036,11 +1040,16 @@ class Connection(socketserver.StreamRequestHandler):
             self.ended.wait(self.limits.linger)
 
     def arrives(self) -> bool:
-        """Wait for a request; return False where the client closes instead, or the server is closing."""
+        """Wait for a request; return False where the client closes instead, or the server is closing.
+
+        Whoever takes the connection out of `idle`, this thread or `close`, has it.
+        """
         self.server.idle.add(self)
         more = not self.server.closing and bool(self.rfile.peek(1))
-        self.server.idle.discard(self)
-        return more
+        with contextlib.suppress(KeyError):
+            self.server.idle.remove(self)
+            return more
+        return False
 
     def serve(self) -> bool:
         """Read a request and answer it; return whether the connection can be used again."""
@@ -1094,7 +1103,6 @@ class Connection(socketserver.StreamRequestHandler):
     def finish(self) -> None:
         """Give up the deadline."""
         self.deadlines.open.pop(self.ticket, None)
-        self.server.idle.discard(self)
         super().finish()
 
 
@@ -1185,8 +1193,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """After `shutdown`: finish and answer what is under way, within the limit; then close all that is open."""
         self.closing = True
         self.server_close()
-        for connection in self.idle.copy():
-            connection.end()
+        with contextlib.suppress(KeyError):
+            while True:
+                self.idle.pop().end()
         until = self.deadlines.clock() + self.limits.drain
         while self.busy() and self.deadlines.clock() < until:
             time.sleep(TICK / 5)
@@ -1229,7 +1238,7 @@ class Bot(WebServer):
             raise Refusal(400, "The body is not a JSON object in UTF-8.")
         owed, bugs = self.owed(payload)
         receipt = self.outbox.deliver(owed)
-        if not self.outbox.settle(receipt, self.limits.answer):
+        if not self.outbox.settle(receipt, self.limits.answer + 1):  # the watch is first
             return self.late_answer()
         return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
 
@@ -1288,8 +1297,8 @@ def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[
 
 # ---- chat: a rehearsal on the real wire ------------------------------------------------------------------------------
 
-CHAT_LIMITS = Limits(answer=1.0)  # s: the real 4, shortened
-SLOW = 2.5                        # s that a slow Graph takes, more than twice that
+CHAT_LIMITS = Limits(answer=0.5)  # s: the real 4, shortened
+SLOW = 1.2                        # s that a slow Graph takes, more than twice that
 BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph is to give
@@ -1304,7 +1313,7 @@ COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it 
     "/batch": ("three messages in one delivery", None),
     "/again": ("the last delivery once more", None),
     "/unsigned": ("a delivery that is not signed", None),
-    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to 1)" % SLOW, {}),
+    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to %g)" % (SLOW, CHAT_LIMITS.answer), {}),
     "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
     "/613": ("Graph says next time that calls come too fast", {"code": 613}),
     "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
@@ -1694,9 +1703,9 @@ def serve(environ: Mapping[str, str]) -> int:
         trouble = getattr(error, "strerror", None) or "HOST is no name: set it to an address of this host, or remove it"
         print("echobot: cannot listen on %s port %d: %s" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
-    announce(settings, bot.server_address)
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: threading.Thread(target=bot.shutdown, daemon=True).start())
+    announce(settings, bot.server_address)
     bot.serve_forever()
     for number in signal.SIGINT, signal.SIGTERM:  # Heroku may send the first signal twice: a later one ends it at once
         signal.signal(number, signal.SIG_DFL)
