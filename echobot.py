@@ -228,14 +228,13 @@ def signature(secret: str, body: bytes) -> str:
 
 
 def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
-    """Raise Refusal unless `given` is the signature of `body`."""
-    wrong = functools.partial(Refusal, 403, "The delivery is not signed with the app's secret.")
-    if given is None:
-        raise wrong("delivery refused: X-Hub-Signature-256 is missing")
-    if not re.fullmatch("sha256=[0-9a-fA-F]{64}", given):
-        raise wrong("delivery refused: X-Hub-Signature-256 is malformed")
-    if not hmac.compare_digest(given.lower(), signature(secret, body)):
-        raise wrong("delivery refused: X-Hub-Signature-256 does not match: check APP_SECRET")
+    """Raise Refusal, with what is wrong, unless `given` is the signature of `body`."""
+    if given and hmac.compare_digest(given.lower().encode("latin-1"), signature(secret, body).encode()):
+        return
+    formed = re.fullmatch("sha256=[0-9a-fA-F]{64}", given or "")
+    trouble = "is missing" if given is None else "does not match: check APP_SECRET" if formed else "is malformed"
+    raise Refusal(403, "The delivery is not signed with the app's secret.",
+                  "delivery refused: X-Hub-Signature-256 " + trouble)
 
 
 def parse_json(raw: bytes) -> Any:
@@ -322,7 +321,7 @@ def owed_to(page: str, event: Any) -> Optional[Owed]:
 def identity(party: Any) -> str:
     """Return the id of a sender, recipient or entry, or an empty text."""
     value = party.get("id") if isinstance(party, dict) else None
-    return str(value) if isinstance(value, (str, int)) and not isinstance(value, bool) else ""
+    return str(value) if type(value) in (str, int) else ""
 
 
 def checked(kind: str, message: Any) -> Dict[str, Any]:
@@ -436,40 +435,36 @@ def framing(fields: Fields) -> Optional[int]:
         return CHUNKED
     if length is None:
         return None
-    if not re.fullmatch("[0-9]+", length):
+    if not (length.isdigit() and length.isascii()):
         raise Refusal(400, "Content-Length is not a number.")
-    return bounded_length(length.lstrip("0") or "0")
-
-
-def bounded_length(digits: str) -> int:
-    """Return the number of bytes; raise Refusal beyond BODY_BYTES."""
+    digits = length.lstrip("0") or "0"
     if len(digits) > len(str(BODY_BYTES)) or int(digits) > BODY_BYTES:
         raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
     return int(digits)
 
 
 def read_body(file: io.BufferedReader, length: int) -> bytes:
-    """Return the body of a message framed by `length`, bytes or CHUNKED."""
-    return b"".join(chunks(file) if length == CHUNKED else exactly(file, length))
+    """Return the body of a message framed by `length`, bytes or CHUNKED; raise Refusal if it is not whole."""
+    if length == CHUNKED:
+        return read_chunks(file)
+    parts = []
+    while length:
+        part = file.read(min(length, PIECE_BYTES))  # an announced body takes no memory before it comes
+        if not part:
+            raise Refusal(400, "It broke off.")
+        parts.append(part)
+        length -= len(part)
+    return b"".join(parts)
 
 
-def exactly(file: io.BufferedReader, size: int) -> Iterator[bytes]:
-    """Yield the next `size` bytes, PIECE_BYTES at a time, so that an announced body takes no memory until it comes."""
-    while size:
-        piece = file.read(min(size, PIECE_BYTES))
-        if not piece:
-            raise Refusal(400, "The message broke off.")
-        yield piece
-        size -= len(piece)
-
-
-def chunks(file: io.BufferedReader) -> Iterator[bytes]:
-    """Yield the pieces of a chunked body, and read the trailer fields, which say nothing that is needed here.
+def read_chunks(file: io.BufferedReader) -> bytes:
+    """Return a chunked body, and read the trailer fields, which say nothing that is needed here.
 
     The lines between the chunks are bounded too: a body of chunks of a byte each would cost seconds.
     """
-    room, lines, size = BODY_BYTES, PIECE_BYTES, -1
-    while size:
+    parts: List[bytes] = []
+    room, lines = BODY_BYTES, PIECE_BYTES
+    while True:
         line = file.readline(LINE_BYTES)
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
@@ -478,11 +473,12 @@ def chunks(file: io.BufferedReader) -> Iterator[bytes]:
         room, lines = room - size, lines - len(line)
         if room < 0 or lines < 0:
             raise Refusal(413, "The body is longer than %d bytes, or in too many chunks." % BODY_BYTES)
-        if size:
-            yield from exactly(file, size)
-            if file.read(2) != b"\r\n":
-                raise Refusal(400, "A chunk is malformed.")
-    parse_fields(read_head(file, line), len(line))
+        if not size:
+            parse_fields(read_head(file, line), len(line))
+            return b"".join(parts)
+        parts.append(read_body(file, size))
+        if file.read(2) != b"\r\n":
+            raise Refusal(400, "A chunk is malformed.")
 
 
 # ---- Deadlines -----------------------------------------------------------------------------------------------------
@@ -755,8 +751,9 @@ class Graph:
 
     def send_message(self, recipient: str, text: str) -> None:
         """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
-        message = {"recipient": {"id": recipient}, "messaging_type": "RESPONSE", "message": {"text": text}}
-        self.call("POST", "/me/messages?", json.dumps(message).encode(), {"Content-Type": "application/json"})
+        body = '{"recipient":{"id":%s},"messaging_type":"RESPONSE","message":{"text":%s}}' % tuple(
+            map(json.dumps, (recipient, text)))
+        self.call("POST", "/me/messages?", body.encode(), {"Content-Type": "application/json"})
 
     def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Dict[str, Any]:
         """Return Graph's answer; raise Passing or ForGood if it is not what was asked for."""
@@ -993,20 +990,15 @@ def check_host(fields: Fields, old: bool) -> None:
         raise Refusal(400, "Host is missing, malformed, or given twice.")
 
 
-def encode(answer: Answer, keep: bool, with_body: bool = True) -> bytes:
-    """Return the bytes of an answer; without its body they are what HEAD gets."""
+@functools.lru_cache(maxsize=16)
+def encode(answer: Answer, keep: bool, with_body: bool, now: int) -> bytes:
+    """Return the bytes of an answer at the Unix time `now`; without its body they are what HEAD gets."""
     body = answer.text.encode("utf-8", "replace")
     head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
             "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s%s\r\n" % (
-                answer.status, http.client.responses[answer.status], http_date(int(time.time())), len(body),
+                answer.status, http.client.responses[answer.status], email.utils.formatdate(now, usegmt=True), len(body),
                 "Allow: %s\r\n" % answer.allow if answer.allow else "", "" if keep else "Connection: close\r\n"))
     return head.encode() + (body if with_body else b"")
-
-
-@functools.lru_cache(maxsize=1)
-def http_date(now: int) -> str:
-    """Return the Date field of this second."""
-    return email.utils.formatdate(now, usegmt=True)
 
 
 class Connection(socketserver.StreamRequestHandler):
@@ -1062,14 +1054,14 @@ class Connection(socketserver.StreamRequestHandler):
         answer = self.server.answer(request)
         keep = request.keep and not self.server.closing
         self.next_step(self.limits.idle, self.end)
-        self.wfile.write(encode(answer, keep, request.method != "HEAD"))
+        self.wfile.write(encode(answer, keep, request.method != "HEAD", int(time.time())))
         return keep
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let the client read it: a close on unread input would reset the connection."""
         log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
         self.next_step(self.limits.linger, self.end)
-        self.wfile.write(encode(Answer(refusal.status, refusal.text), keep=False))
+        self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
         self.request.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE_BYTES):
             pass
@@ -1095,7 +1087,7 @@ class Connection(socketserver.StreamRequestHandler):
         """End the connection from another thread, waiting for nobody; this one reads an end of file, if it reads."""
         with contextlib.suppress(OSError):
             self.request.setblocking(False)
-            self.request.send(encode(answer, keep=False) if answer else b"")
+            self.request.send(encode(answer, False, True, int(time.time())) if answer else b"")
             self.request.shutdown(socket.SHUT_RDWR)
         self.server.close_request(self.request)
         self.ended.set()
