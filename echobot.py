@@ -87,6 +87,7 @@ STACK_BYTES = 256 * 1024     # of a thread; the default of 8 MiB would fill a sm
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 TICK = 0.05                  # s between two looks at the deadlines
+FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
 
 
 class Limits(NamedTuple):
@@ -534,7 +535,7 @@ class Link:
     """A connection to an HTTP server, and what has been read ahead from it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
+        self.sock, self.since = sock, 0.0  # when it was last used
         self.file: io.BufferedReader = sock.makefile("rb", LINE_BYTES)  # type: ignore[assignment]
 
     def exchange(self, request: bytes) -> Response:
@@ -606,7 +607,7 @@ class Client:
     def reuse(self) -> Link:
         """Return a connection that is open and idle; raise IndexError if there is none."""
         link = self.idle.pop()
-        while link.spent():
+        while self.deadlines.clock() - link.since > FRESH and link.spent():
             link.close()
             link = self.idle.pop()
         return link
@@ -619,6 +620,7 @@ class Client:
             if self.proxy:
                 connection.set_tunnel(self.host, headers=self.proxy_fields)
         connection.connect()
+        connection.sock.settimeout(None)  # the watch is quicker: a time-out of its own costs a poll for each read and write
         return Link(connection.sock)
 
     def exchange(self, link: Link, request: bytes) -> Response:
@@ -635,6 +637,7 @@ class Client:
             raise
         finally:
             if keep:
+                link.since = self.deadlines.clock()
                 self.idle.append(link)
             else:
                 link.close()
