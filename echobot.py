@@ -84,6 +84,8 @@ HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its 
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
 PIECE_BYTES = 64 * 1024      # reserved at a time for a body, however much is announced
 STACK_BYTES = 256 * 1024     # of a thread; the default of 8 MiB would fill a small host with nothing
+SWITCH = 0.02                # s that a thread may hold the interpreter: each lets go by itself when it reads or writes,
+#                              and every 5 ms, the default, hundreds that wait would wake up for nothing
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 TICK = 0.05                  # s between two looks at the deadlines
@@ -1751,6 +1753,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.url and options.command != "check":
         parser.error("only check takes a URL")
     threading.stack_size(STACK_BYTES)
+    sys.setswitchinterval(SWITCH)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
