@@ -1294,8 +1294,8 @@ def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[
 
 # ---- chat: a rehearsal on the real wire ------------------------------------------------------------------------------
 
-CHAT_LIMITS = Limits(answer=0.5)  # s: the real 4, shortened
-SLOW = 1.2                        # s that a slow Graph takes, more than twice that
+CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
+SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph is to give
@@ -1378,7 +1378,7 @@ class Chat:
     def run(self) -> int:
         """Talk until the input ends; return the exit status."""
         for server in self.graph, self.bot:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(TICK / 5,), daemon=True).start()
         if self.terminal:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
         try:
