@@ -20,7 +20,7 @@ the delivery was brought again to another process.
 The settings are environment variables:
 
     PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
-    APP_SECRET          the app's secret, with which deliveries are signed; a token needs it, save with ALLOW_UNSIGNED=1
+    APP_SECRET          the app's secret, which signs deliveries; a token needs it, save with ALLOW_UNSIGNED=1
     VERIFY_TOKEN        what the webhook's set-up page must send
     HOST, PORT          where to listen: 0.0.0.0 and 5000
     GRAPH_URL           the Graph API and its version: https://graph.facebook.com/v26.0
@@ -173,8 +173,8 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
         if not re.fullmatch("[!-~]*", secret):
             yield name + " has a space or a character in it that none has: copy it again, all of it and nothing else"
     if settings.token and not settings.secret and allow_unsigned != "1":
-        yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to the "
-               "app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
+        yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
+               "the app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
     if allow_unsigned not in ("0", "1"):
         yield "ALLOW_UNSIGNED must be 1 or 0: set it to 1 to take deliveries from anybody, or remove it"
     if settings.port < 0:
@@ -189,10 +189,10 @@ def valid_url(url: str) -> bool:
     """Return whether `url` is http or https, names a host, and has no user, query or fragment."""
     try:
         parts = urllib.parse.urlsplit(url)
-        usable = parts.port != 0 and bool((parts.hostname or "").encode("idna"))
-    except ValueError:
+        host = (parts.hostname or "").encode("idna")
+        return bool(host and parts.port != 0 and re.fullmatch("https?://[^?#@]+", url) and re.fullmatch("[!-~]+", url))
+    except ValueError:  # a port or a name that cannot be
         return False
-    return usable and parts.scheme in ("http", "https") and bool(re.fullmatch("[!-~]+", url)) and not set("?#@") & set(url)
 
 
 # ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
@@ -209,7 +209,7 @@ class Refusal(Exception):
 
 
 def challenge(query: Mapping[str, str], verify_token: str) -> str:
-    """Return the challenge to say back to a webhook verification; raise Refusal, with what differed, to a wrong one."""
+    """Return the challenge to say back to a webhook verification; raise Refusal, with what differed, if it is wrong."""
     wrong = functools.partial(Refusal, 403, WRONG_TOKEN)
     if "hub.verify_token" not in query:
         raise wrong("verification refused: hub.verify_token is missing")
@@ -338,7 +338,7 @@ def checked(kind: str, message: Any) -> Dict[str, Any]:
 
 
 def pieces(text: str) -> List[str]:
-    """Return `text` cut into messages that Graph takes, none longer than TEXT_UNITS, to be joined again as they are."""
+    """Return `text` cut into messages that Graph takes, none longer than TEXT_UNITS; joined, they are `text`."""
     result, start = [], 0
     while len(text) - start > TEXT_UNITS // 2:
         end = furthest(text, start)
@@ -357,7 +357,7 @@ def furthest(text: str, start: int) -> int:
 
 
 def best_cut(text: str, start: int, end: int) -> int:
-    """Return where to end a piece: after white space in its second half, else between two characters, else at `end`."""
+    """Return where a piece ends: after white space in its second half, else between characters, else at `end`."""
     after_space = (at for at in range(end, (start + end) // 2, -1) if text[at - 1].isspace())
     anywhere = range(end, start, -1)
     return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, start, at)), end)
@@ -385,6 +385,7 @@ def inside_character(text: str, start: int, at: int) -> bool:
 # run for a request and again for Graph's answer it costs half of the processor's time.
 
 Fields = Dict[str, str]
+Proxies = Optional[Dict[str, str]]  # by scheme, as in urllib; None for the environment's
 CHUNKED = -1
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(?:\r?\n)?(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
@@ -404,7 +405,7 @@ def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
     while not head.endswith((b"\n\r\n", b"\n\n")):
         line = file.readline(LINE_BYTES)
         if len(line) == LINE_BYTES or len(head) > HEAD_BYTES:
-            raise Refusal(431 if head else 414, "The header fields are too long." if head else "The line is too long.")
+            raise Refusal(431, "The header fields are too long.") if head else Refusal(414, "The line is too long.")
         if not line.endswith(b"\n"):
             raise Refusal(400, "It broke off.")
         head += line
@@ -412,9 +413,9 @@ def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
 
 
 def parse_fields(head: str, start: int) -> Fields:
-    """Return the header fields of `head` from `start`, by name in lower case, values of the same name joined by a comma.
+    """Return the header fields of `head` from `start` on, by their names in lower case.
 
-    So a length or a host that is given twice is no length and no host.
+    Values of the same name are joined by a comma: so a length or a host that is given twice is none.
     """
     fields: Fields = {}
     found = FIELD.findall(head, start)
@@ -586,7 +587,7 @@ class Client:
     know of proxies, tunnels and certificates is used here.
     """
 
-    def __init__(self, url: str, timeout: float, deadlines: Deadlines, proxies: Optional[Dict[str, str]] = None) -> None:
+    def __init__(self, url: str, timeout: float, deadlines: Deadlines, proxies: Proxies = None) -> None:
         parts = urllib.parse.urlsplit(url)
         self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
         self.context = ssl.create_default_context() if parts.scheme == "https" else None
@@ -616,17 +617,18 @@ class Client:
 
     def connect(self) -> Link:
         """Return a new connection, by way of the proxy if there is one."""
-        connection = http.client.HTTPConnection(self.proxy or self.host, timeout=self.timeout)
+        at = self.proxy or self.host
+        connection = http.client.HTTPConnection(at, timeout=self.timeout)
         if self.context:
-            connection = http.client.HTTPSConnection(self.proxy or self.host, timeout=self.timeout, context=self.context)
+            connection = http.client.HTTPSConnection(at, timeout=self.timeout, context=self.context)
             if self.proxy:
                 connection.set_tunnel(self.host, headers=self.proxy_fields)
         connection.connect()
-        connection.sock.settimeout(None)  # the watch is quicker: a time-out of its own costs a poll for each read and write
+        connection.sock.settimeout(None)  # the watch sees to it: a time-out costs a poll for each read and write
         return Link(connection.sock)
 
     def exchange(self, link: Link, request: bytes) -> Response:
-        """Return the server's answer, and keep the connection if it can be used again; raise Late for none in time."""
+        """Return the server's answer, and keep the connection if it can be used again; raise one of NO_ANSWER."""
         keep = False
         ticket = self.deadlines.set(self.timeout, link.abort)
         try:
@@ -655,8 +657,8 @@ def lines_of(fields: Fields) -> str:
     return "".join(["%s: %s\r\n" % field for field in fields.items()])
 
 
-def proxy_for(scheme: str, host: str, proxies: Optional[Dict[str, str]]) -> Tuple[str, Fields]:
-    """Return the name and port of the proxy to `host`, if any, and the field that it wants; None: the environment's."""
+def proxy_for(scheme: str, host: str, proxies: Proxies) -> Tuple[str, Fields]:
+    """Return the name and port of the proxy to `host`, if there is one, and the field that it wants."""
     if proxies is None:
         proxies = {} if urllib.request.proxy_bypass(host) else urllib.request.getproxies()
     user, _, address = urllib.parse.urlsplit("//" + proxies.get(scheme, "").split("://")[-1]).netloc.rpartition("@")
@@ -774,7 +776,7 @@ def describe(error: Exception) -> str:
     return "no answer from Graph (%s)" % (text if isinstance(error, OSError) else type(error).__name__)
 
 
-# ---- The outbox: each reply once, each person's in order -------------------------------------------------------------
+# ---- The outbox: each reply once, each person's in order -----------------------------------------------------------
 
 class Receipt:
     """What one delivery still owes, and how that ended."""
@@ -814,7 +816,7 @@ class Outbox:
         self.failing_since: Optional[float] = None
 
     def deliver(self, owed: Sequence[Owed]) -> Receipt:
-        """Return the receipt of a delivery that owes `owed`, perhaps done already; raise Refusal if it is too much."""
+        """Return the receipt of a delivery that owes `owed`, perhaps settled; raise Refusal if it is too much."""
         receipt, now = Receipt(), self.deadlines.clock()
         sendings = {reply.key: Sending(reply, now) for reply in owed}
         with self.lock:
@@ -858,7 +860,7 @@ class Outbox:
         self.recruit(self.send_line, recipient)
 
     def recruit(self, *work: Any) -> None:
-        """Give the crew work; where no thread can be had it stays in the crew's queue, and a second later a try is made."""
+        """Give the crew work; where no thread can be had it stays in the crew's queue until one can."""
         try:
             self.crew.submit(*work)
         except RuntimeError:
@@ -908,7 +910,7 @@ class Outbox:
         self.failing_since = None
 
     def postpone(self, sending: Sending, failure: Passing) -> None:
-        """Have the reply's line sent again after a pause: twice the last one, at random, or what the server asks for."""
+        """Have the line sent again after a pause: twice the last one, at random, or what the server asks for."""
         now = self.deadlines.clock()
         self.failing_since = self.failing_since or now
         pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
@@ -941,7 +943,7 @@ class Outbox:
         return (not receipt.done or receipt.done.wait(seconds)) and not receipt.failed
 
 
-# ---- The server: anybody's requests, a thread a connection -----------------------------------------------------------
+# ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
 
 class Request(NamedTuple):
     """A request, read whole."""
@@ -966,7 +968,7 @@ Respond = Callable[[Request], Answer]
 
 
 def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
-    """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for that."""
+    """Return the next request; raise Refusal if it is none.  `invite` is called where the client waits for it."""
     head = read_head(file)
     match = REQUEST_LINE.match(head)
     if match is None:
@@ -1001,7 +1003,8 @@ def encode(answer: Answer, keep: bool, with_body: bool, now: int) -> bytes:
     body = answer.text.encode("utf-8", "replace")
     head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
             "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s%s\r\n" % (
-                answer.status, http.client.responses[answer.status], email.utils.formatdate(now, usegmt=True), len(body),
+                answer.status, http.client.responses[answer.status], email.utils.formatdate(now, usegmt=True),
+                len(body),
                 "Allow: %s\r\n" % answer.allow if answer.allow else "", "" if keep else "Connection: close\r\n"))
     return head.encode() + (body if with_body else b"")
 
@@ -1063,7 +1066,7 @@ class Connection(socketserver.StreamRequestHandler):
         return keep
 
     def refuse(self, refusal: Refusal) -> None:
-        """Answer what is no request, and let the client read it: a close on unread input would reset the connection."""
+        """Answer what is no request, and let the client read it: to close on unread input resets the connection."""
         log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
         self.next_step(self.limits.linger, self.end)
         self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
@@ -1179,7 +1182,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return Answer(404, "There is nothing here.")
         respond = methods.get("GET" if request.method == "HEAD" else request.method)
         if respond is None:
-            return Answer(405, "This method does nothing here.", ", ".join(list(methods) + ["HEAD"] * ("GET" in methods)))
+            return Answer(405, "This method does nothing here.", ", ".join(methods).replace("GET", "GET, HEAD"))
         return respond(request)
 
     def late_answer(self) -> Answer:
@@ -1209,13 +1212,14 @@ class Bot(WebServer):
     """The webhook: verifies, and owes Messenger a reply for each message."""
 
     def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float],
-                 proxies: Optional[Dict[str, str]]) -> None:
+                 proxies: Proxies) -> None:
         webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
         routes = {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
         super().__init__(settings.host, settings.port, routes, limits, clock)
         self.settings = settings
         self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
-        send, report = (Graph(settings, self.client).send_message, log_reply) if settings.token else (say_nothing, log_dry)
+        graph = Graph(settings, self.client)
+        send, report = (graph.send_message, log_reply) if settings.token else (say_nothing, log_dry)
         self.outbox = Outbox(send, report, limits, self.deadlines)
 
     def handle_verification(self, request: Request) -> Answer:
@@ -1287,30 +1291,31 @@ def say_nothing(recipient: str, text: str) -> None:
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
-                proxies: Optional[Dict[str, str]] = None) -> Bot:
+                proxies: Proxies = None) -> Bot:
     """Return the bot, bound and not started; raise OSError where it cannot listen."""
     return Bot(settings, limits, clock, proxies)
 
 
-# ---- chat: a rehearsal on the real wire ------------------------------------------------------------------------------
+# ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph is to give
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph gives
     "/sticker": ("a sticker", {"message": {"attachments": [
         {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}),
     "/image": ("an image", {"message": {"attachments": [
         {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}),
     "/postback": ("a press on a button", {"postback": {"title": "Get started", "payload": "GET_STARTED"}}),
     "/read": ("a read receipt", {"read": {"watermark": 1458692752478}}),
-    "/echo": ("the bot's own message, echoed", {"message": {"is_echo": True, "app_id": 1517776481860111, "text": "hello"}}),
+    "/echo": ("the bot's own message, echoed", {"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}),
     "/edit": ("an edit", {"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}),
     "/batch": ("three messages in one delivery", None),
     "/again": ("the last delivery once more", None),
     "/unsigned": ("a delivery that is not signed", None),
-    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to %g)" % (SLOW, CHAT_LIMITS.answer), {}),
+    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to %g)" % (
+        SLOW, CHAT_LIMITS.answer), {}),
     "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
     "/613": ("Graph says next time that calls come too fast", {"code": 613}),
     "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
@@ -1338,7 +1343,8 @@ class PlayedGraph(WebServer):
         error = error or self.refusal(request)
         status = 500 if fault == "/500" else 400 if error else 200
         if error:
-            error = dict({"message": "(#%d) as played" % error["code"], "type": "OAuthException"}, **error, fbtrace_id="played")
+            played = {"message": "(#%d) as played" % error["code"], "type": "OAuthException", "fbtrace_id": "played"}
+            error = dict(played, **error)
         result = json.dumps({"error": error} if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.show("Graph > bot", "HTTP/1.1 %d" % status, result)
         if not error:
@@ -1359,6 +1365,11 @@ class PlayedGraph(WebServer):
         except (ValueError, KeyError, TypeError, AttributeError):
             whole = False
         return {} if whole else {"code": 100}
+
+
+def now() -> int:
+    """Return Messenger's time: the Unix time in ms."""
+    return int(time.time() * 1000)
 
 
 class Chat:
@@ -1409,7 +1420,7 @@ class Chat:
 
     def bring(self, *parts: Dict[str, Any]) -> None:
         """Deliver events with these parts."""
-        entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in parts]}
+        entry = {"id": PAGE, "time": now(), "messaging": [self.event(part) for part in parts]}
         self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
         self.again()
 
@@ -1419,7 +1430,7 @@ class Chat:
         (kind, value), = part.items()
         value = dict({"mid": "m_%d" % self.sent} if kind in ("message", "postback") else {}, **value)
         sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
-        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": int(time.time() * 1000), kind: value}
+        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": now(), kind: value}
 
     def batch(self) -> None:
         """Deliver three messages at once."""
@@ -1442,7 +1453,7 @@ class Chat:
         said, status = self.said, 503
         self.tape.clear()
         for _ in range(BRINGS):
-            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, signed.items()), self.body.decode())
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *lines_of(signed).splitlines(), self.body.decode())
             status, _, answer = self.messenger.call("POST", "/webhook", self.body, signed)
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
@@ -1486,7 +1497,7 @@ class Chat:
 
 
 
-# ---- check: why does it not answer? ----------------------------------------------------------------------------------
+# ---- check: why does it not answer? --------------------------------------------------------------------------------
 
 CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report, so it takes ten at most
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
@@ -1494,8 +1505,8 @@ Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how 
 ENDED_TOKENS = {"458": "ended when the app was removed from the page", "460": "ended with a change of password",
                 "463": "has expired", "467": "was revoked"}
 ADVICE: Sequence[Tuple[Any, str]] = (
-    (ssl.SSLCertVerificationError, "the certificate is not trusted: renew it, with its chain, or check this host's clock "
-                                   "and SSL_CERT_FILE"),
+    (ssl.SSLCertVerificationError, "the certificate is not trusted: renew it, with its chain, or check this host's "
+                                   "clock and SSL_CERT_FILE"),
     (ssl.SSLError, "what is there does not speak TLS: check the address and the port"),
     (socket.gaierror, "the name cannot be looked up: check the name, and the network of this host"),
     ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {:g} s: check the address, the "
@@ -1507,7 +1518,7 @@ ADVICE: Sequence[Tuple[Any, str]] = (
 )
 
 
-def check(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]] = None,
+def check(environ: Mapping[str, str], url: Optional[str], proxies: Proxies = None,
           seconds: float = CHECK_SECONDS) -> int:
     """Print a line for each cause of silence, in order; return the exit status, 0 if all is well."""
     problems = 0
@@ -1517,7 +1528,7 @@ def check(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict
     return 1 if problems else 0
 
 
-def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[Dict[str, str]],
+def findings(environ: Mapping[str, str], url: Optional[str], proxies: Proxies,
              seconds: float) -> Iterator[Finding]:
     """Yield what is found, in each part up to the first cause that leaves nothing further to find."""
     try:
@@ -1534,7 +1545,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Optional[D
     if settings.token:
         yield from graph_findings(settings, Client(settings.graph_url, seconds, Deadlines(time.monotonic), proxies))
     if url and not valid_url(url):
-        yield False, "URL", "it is none: give the whole callback URL, without ? and #, like https://example.com/webhook"
+        yield False, "URL", "it is none: give the callback URL, without ? and #, like https://example.com/webhook"
     elif url:
         yield from webhook_findings(settings, Client(url, seconds, Deadlines(time.monotonic), proxies))
 
@@ -1546,7 +1557,8 @@ def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
         page = within(client.timeout, lambda: graph.call("GET", "/me?fields=id,name&"))
         yield True, what, "it is valid, of \"%s\", id %s" % (page.get("name"), page.get("id"))
         what = "subscription"
-        yield subscription(as_list(within(client.timeout, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")))
+        apps = within(client.timeout, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")
+        yield subscription([app for app in as_list(apps) if isinstance(app, dict)])
     except ForGood as refusal:
         yield refused(what, refusal.error)
     except (Passing, concurrent.futures.TimeoutError) as error:
@@ -1555,12 +1567,12 @@ def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
         client.close()
 
 
-def subscription(apps: List[Any]) -> Finding:
+def subscription(apps: List[Dict[str, Any]]) -> Finding:
     """Return whether the page's subscribed apps get messages."""
-    fields = sorted({str(field) for app in apps if isinstance(app, dict) for field in as_list(app.get("subscribed_fields"))})
+    fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
     if "messages" in fields:
         return True, "subscription", "the page sends " + ", ".join(fields)
-    trouble = "the app is subscribed to the page without messages" if apps else "the app is not subscribed to the page"
+    trouble = "the app is subscribed to the page without messages" if apps else "no app is subscribed to the page"
     return False, "subscription", trouble + ": subscribe it to messages and messaging_postbacks, in Meta's dashboard"
 
 
@@ -1574,7 +1586,7 @@ def refused(what: str, error: Mapping[str, Any]) -> Finding:
     if what == "subscription" and code in (10, *range(200, 300)):
         return False, what, "the token may not tell: make one that has pages_manage_metadata"
     if code == 190:
-        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is not one that Graph knows, perhaps not copied whole")
+        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is none that Graph knows, perhaps not copied whole")
         return False, what, "it %s: make a new PAGE_ACCESS_TOKEN" % state
     return False, what, explain(error)
 
@@ -1582,7 +1594,7 @@ def refused(what: str, error: Mapping[str, Any]) -> Finding:
 def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     """Yield what the public webhook does, asked as Messenger asks."""
     if not client.context:
-        yield False, "URL", "it is not https, and Messenger calls nothing else: put a server with a certificate in front"
+        yield False, "URL", "it is not https, and Messenger calls nothing else: put a proxy with a certificate in front"
     client.base = client.base or "/"
     try:
         yield from answers(settings, lambda *call: within(client.timeout, lambda: client.call(*call)))
@@ -1602,7 +1614,8 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
         return
     query["hub.verify_token"] += "?"
     holds = ask("GET", "?" + urllib.parse.urlencode(query)).status == 403
-    yield holds, "other token", "another verify token is refused" if holds else "any verify token is taken: this is not echobot"
+    yield holds, "other token", "another verify token is refused" if holds else (
+        "any verify token is taken: this is not echobot, check the address")
     if settings.secret:
         holds = ask("POST", "", EMPTY, {"X-Hub-Signature-256": signature(settings.secret, EMPTY)}).status == 200
         yield holds, "signed", "a delivery is taken" if holds else (
@@ -1619,7 +1632,7 @@ def verification_trouble(response: Response, number: str) -> str:
         return ""
     if 300 <= response.status < 400:
         place = response.fields.get("location", "").partition("?")[0]  # what follows may hold the verify token
-        return "the URL redirects to %s, and Messenger does not follow: give the URL where it ends" % (place or "nowhere")
+        return "the URL redirects to %s, and Messenger does not follow: give the URL where it ends" % place
     if response.status == 403 and text == WRONG_TOKEN:
         return "the bot there has another VERIFY_TOKEN: make the two the same"
     if response.status == 404:
@@ -1697,19 +1710,20 @@ def serve(environ: Mapping[str, str]) -> int:
     try:
         bot = make_server(settings, within_files(Limits()))
     except (OSError, UnicodeError) as error:
-        trouble = getattr(error, "strerror", None) or "HOST is no name: set it to an address of this host, or remove it"
-        print("echobot: cannot listen on %s port %d: %s" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
+        trouble = getattr(error, "strerror", None) or "that is no name"
+        print("echobot: cannot listen on %s port %d: %s; set HOST and PORT to an address of this host that is free" % (
+            printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, lambda *_: threading.Thread(target=bot.shutdown, daemon=True).start())
     announce(settings, bot.server_address)
     bot.serve_forever()
-    for number in signal.SIGINT, signal.SIGTERM:  # Heroku may send the first signal twice: a later one ends it at once
-        signal.signal(number, signal.SIG_DFL)
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
     log.info("stopping: finishing what is under way")
     bot.close()
     left = len(bot.outbox.pending)
-    log.log(logging.ERROR if left else logging.INFO, "stopped: %d replies are left, for Messenger to bring again", left)
+    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to bring again: %d", left)
     logging.shutdown()
     os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
 
@@ -1737,7 +1751,8 @@ def within_files(limits: Limits) -> Limits:
     soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     room = max(2, soft - SPARE_FILES) / (wanted - SPARE_FILES)
-    return limits._replace(**{name: int(getattr(limits, name) * room) or 1 for name in ("connections", "senders", "crew")})
+    return limits._replace(connections=int(limits.connections * room) or 1, senders=int(limits.senders * room) or 1,
+                           crew=int(limits.crew * room) or 1)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:

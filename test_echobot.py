@@ -74,7 +74,8 @@ ACCEPTED = 200, {}, b'{"recipient_id":"2","message_id":"m_out"}'
 
 def error(code, status=400, headers=None, **more):
     """Return an answer of Graph's that refuses."""
-    body = json.dumps({"error": dict(more, message="secret words", type="OAuthException", code=code, fbtrace_id="TR4CE")})
+    body = json.dumps({"error": dict(more, message="secret words", type="OAuthException", code=code,
+                                     fbtrace_id="TR4CE")})
     return status, headers or {}, body.encode()
 
 
@@ -2251,7 +2252,7 @@ class CheckWebhook(CheckTest):
         self.assertRegex("\n".join(self.check(url=self.start_graph(obliging).url)[0]), "other token.* is taken")
 
     def test_what_is_no_url_is_named_with_its_mend(self):
-        self.check_causes(*((url, {"url": url}, "URL.*: give the whole callback URL, without . and #, like https://") for url in (
+        self.check_causes(*((url, {"url": url}, "URL.*: give the callback URL, without . and #, like https://") for url in (
             "example.com", "ftp://a.com", "https://", "https://a.com:99999", "https://a b.com", "https://a..b")))
 
     def test_the_exit_status_of_the_process_says_whether_all_is_well(self):
