@@ -2163,7 +2163,7 @@ class CheckGraph(CheckTest):
             ("a person's token", {"apps": refusal(100)}, "token.*person's.*not a page's: make one for the page"),
             ("another app's secret", {"me": refusal(100, None, proof)}, "APP_SECRET.*: copy both from the same app"),
             ("no permission", {"apps": refusal(200)}, "may not tell: make one that has pages_manage_metadata"),
-            ("not subscribed", {"apps": {"data": []}}, "app is not subscribed.*: subscribe it to messages"),
+            ("not subscribed", {"apps": {"data": []}}, "no app is subscribed.*: subscribe it to messages"),
             ("no messages", {"apps": {"data": [{"subscribed_fields": ["feed"]}]}}, "without messages: subscribe it"),
             ("down", {"me": refusal(2, status=500)}, "Graph.*down"),
             ("a portal", {"me": (200, {}, b"<html>Log in!")}, "200 and not Graph's.*: check GRAPH_URL and the proxy"),
