@@ -83,7 +83,8 @@ LINE_BYTES = 8 * 1024        # of a request line or one header field, as in ngin
 HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its routers send about one KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
 PIECE_BYTES = 64 * 1024      # reserved at a time for a body, however much is announced
-STACK_BYTES = 256 * 1024     # of a thread; the default of 8 MiB would fill a small host with nothing
+STACK_BYTES = 256 * 1024     # of a thread: a host with 64 MiB has room for a hundred, and of the usual 8 MiB for six
+RECURSION = 200              # calls: the bot needs 60, and what recurses for ever must end before such a stack does
 SWITCH = 0.02                # s that a thread may hold the interpreter: each lets go by itself when it reads or writes,
 #                              and every 5 ms, the default, hundreds that wait would wake up for nothing
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
@@ -102,14 +103,14 @@ class Limits(NamedTuple):
     connections: int = 500      # at once, a thread each; more wait in the backlog
     senders: int = 300          # deliveries' threads that send to Graph at once: its 300 a second, at 1 s each
     crew: int = 100             # further threads that do, for deliveries of several people and for second tries
-    pending: int = 10_000       # messages not settled yet, pieces of long texts counted: 80 MB at the very most
+    pending: int = 10_000       # messages not settled yet, pieces of long texts counted: 160 MB at the very most
     remembered: int = 10_000    # settled replies that are not sent again: half a minute at Graph's 300 a second
-    retry: float = 60.0         # from the first failure of a reply until it is given up
+    retry: float = 60.0         # from the first try of a reply until it is given up
     first_pause: float = 0.5    # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about ten
     outage: float = 600.0       # of failure without a break, after which deliveries are let go: after 3600 the
     #                             webhook would be unsubscribed, and someone would have to mend it by hand
-    graph: float = 20.0         # for an exchange with Graph, which answers within one or two as a rule
+    graph: float = 20.0         # for an exchange with Graph, and for each step of connecting; it takes one as a rule
     drain: float = 25.0         # for replies after SIGTERM: Heroku kills after 30
 
 
@@ -171,7 +172,7 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
     """Yield a line for each thing that is wrong: what, and how to mend it."""
     for name, secret in ("PAGE_ACCESS_TOKEN", settings.token), ("APP_SECRET", settings.secret):
         if not re.fullmatch("[!-~]*", secret):
-            yield name + " has a space or a character in it that none has: copy it again, all of it and nothing else"
+            yield name + " has a space in it, or a character that no such value has: copy it again, all of it and nothing else"
     if settings.token and not settings.secret and allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
@@ -258,12 +259,7 @@ def depth(text: str) -> int:
     return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
 
-def refuse_constant(name: str) -> None:
-    """Raise ValueError: Python's parser takes NaN and Infinity, JSON has neither."""
-    raise ValueError(name)
-
-
-STRICT_JSON = json.JSONDecoder(parse_constant=refuse_constant)
+STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no such thing
 
 
 class Malformed(Exception):
@@ -316,6 +312,8 @@ def owed_to(page: str, event: Any) -> Optional[Owed]:
     text = reply(message)
     if not text:
         return None
+    if not isinstance(text, str):
+        raise TypeError("reply returned something else than a text")
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
     return Owed(hashlib.blake2b(as_bytes(name), digest_size=16).digest(), sender, mid, text)
@@ -333,25 +331,24 @@ def checked(kind: str, message: Any) -> Dict[str, Any]:
         raise Malformed("its %s is not an object" % kind)
     text = message.get("text" if kind == "message" else "title")
     if not isinstance(text, (str, type(None))):
-        raise Malformed("the text of its %s is none" % kind)
+        raise Malformed("the text of its %s is not a text" % kind)
     return dict(message, text=text or "")
 
 
 def pieces(text: str) -> List[str]:
     """Return `text` cut into messages that Graph takes, none longer than TEXT_UNITS; joined, they are `text`."""
-    result, start = [], 0
-    while len(text) - start > TEXT_UNITS // 2:
-        end = furthest(text, start)
-        if end == len(text):
-            break
+    result, start, end = [], 0, furthest(text, 0)
+    while end < len(text):
         cut = best_cut(text, start, end)
         result.append(text[start:cut])
-        start = cut
+        start, end = cut, furthest(text, cut)
     return result + [text[start:]]
 
 
 def furthest(text: str, start: int) -> int:
     """Return the end of the longest piece from `start` that Graph takes."""
+    if len(text) - start <= TEXT_UNITS // 2:  # no character has more than two units
+        return len(text)
     units = itertools.accumulate(2 if c > "\uffff" else 1 for c in text[start:start + TEXT_UNITS])
     return start + bisect.bisect_right(list(units), TEXT_UNITS)
 
@@ -390,7 +387,7 @@ CHUNKED = -1
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(?:\r?\n)?(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9])\r?\n" % TOKEN)
 STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
-FIELD = re.compile(r"^(%s):[ \t]*([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
+FIELD = re.compile(r"^(%s):([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
@@ -415,7 +412,7 @@ def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
 def parse_fields(head: str, start: int) -> Fields:
     """Return the header fields of `head` from `start` on, by their names in lower case.
 
-    Values of the same name are joined by a comma: so a length or a host that is given twice is none.
+    Values of the same name are joined by a comma: so a length or a host that is given twice is malformed.
     """
     fields: Fields = {}
     found = FIELD.findall(head, start)
@@ -423,7 +420,7 @@ def parse_fields(head: str, start: int) -> Fields:
         raise Refusal(400, "A header field is malformed.")
     for spelling, value in found:
         name = spelling.lower()
-        fields[name] = (fields[name] + ", " if name in fields else "") + value.rstrip(" \t")
+        fields[name] = (fields[name] + ", " if name in fields else "") + value.strip(" \t")
     return fields
 
 
@@ -553,7 +550,7 @@ class Link:
             if match is None:
                 raise Refusal(400, "The answer is not HTTP.")
             status, fields = int(match.group(1)), parse_fields(head, match.end())
-        length = framing(fields)
+        length = 0 if status in (204, 304) else framing(fields)
         if length is None:
             return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
         return Response(status, fields, read_body(self.file, length))
@@ -603,26 +600,31 @@ class Client:
         head = "%s %s%s HTTP/1.1\r\n%s%sContent-Length: %d\r\n\r\n" % (
             method, self.base, path, self.common, lines_of(fields or {}), len(body))
         request = head.encode("latin-1") + body
-        with contextlib.suppress(IndexError, ConnectionError, ssl.SSLError):  # none is open, or not any more
-            return self.exchange(self.reuse(), request)
+        link = self.reuse()
+        if link:
+            with contextlib.suppress(ConnectionError, ssl.SSLError):  # closed just now: once more, on one that is new
+                return self.exchange(link, request)
         return self.exchange(self.connect(), request)
 
-    def reuse(self) -> Link:
-        """Return a connection that is open and idle; raise IndexError if there is none."""
-        link = self.idle.pop()
-        while self.deadlines.clock() - link.since > FRESH and link.spent():
-            link.close()
-            link = self.idle.pop()
-        return link
+    def reuse(self) -> Optional[Link]:
+        """Return a connection that is open and idle, if there is one."""
+        with contextlib.suppress(IndexError):
+            while True:
+                link = self.idle.pop()
+                if self.deadlines.clock() - link.since < FRESH or not link.spent():
+                    return link
+                link.close()
+        return None
 
     def connect(self) -> Link:
         """Return a new connection, by way of the proxy if there is one."""
         at = self.proxy or self.host
-        connection = http.client.HTTPConnection(at, timeout=self.timeout)
         if self.context:
-            connection = http.client.HTTPSConnection(at, timeout=self.timeout, context=self.context)
-            if self.proxy:
-                connection.set_tunnel(self.host, headers=self.proxy_fields)
+            connection: Any = http.client.HTTPSConnection(at, timeout=self.timeout, context=self.context)
+        else:
+            connection = http.client.HTTPConnection(at, timeout=self.timeout)
+        if self.context and self.proxy:
+            connection.set_tunnel(self.host, headers=self.proxy_fields)
         connection.connect()
         connection.sock.settimeout(None)  # the watch sees to it: a time-out costs a poll for each read and write
         return Link(connection.sock)
@@ -813,7 +815,7 @@ class Outbox:
         self.lines: Dict[str, Deque[Sending]] = {}
         self.senders = 0                                    # deliveries' threads that send
         self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
-        self.failing_since: Optional[float] = None
+        self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
     def deliver(self, owed: Sequence[Owed]) -> Receipt:
         """Return the receipt of a delivery that owes `owed`, perhaps settled; raise Refusal if it is too much."""
@@ -824,9 +826,11 @@ class Outbox:
             own = len(fresh) == 1 and self.senders < self.limits.senders
             self.senders += own
         if own:
-            self.send_line(fresh.pop(), receipt)
-            with self.lock:
-                self.senders -= 1
+            try:
+                self.send_line(fresh.pop(), receipt)
+            finally:
+                with self.lock:
+                    self.senders -= 1
         for recipient in fresh:
             self.hand_over(recipient)
         return receipt
@@ -838,22 +842,18 @@ class Outbox:
         if self.size + size > self.limits.pending:
             raise Refusal(503, "Too many replies are pending: bring it again.")
         self.size += size
-        fresh = [sending.owed.recipient for sending in new if self.line_up(sending)]
+        fresh = []
+        for sending in new:
+            self.pending[sending.owed.key] = sending
+            line = self.lines.setdefault(sending.owed.recipient, collections.deque())
+            if not line:
+                fresh.append(sending.owed.recipient)
+            line.append(sending)
         for key in sendings:
             if key in self.pending:
                 self.pending[key].receipts.append(receipt)
                 receipt.owed += 1
         return fresh
-
-    def line_up(self, sending: Sending) -> bool:
-        """Put a reply at the end of its person's line; return whether it is the first."""
-        self.pending[sending.owed.key] = sending
-        line = self.lines.get(sending.owed.recipient)
-        if line:
-            line.append(sending)
-        else:
-            self.lines[sending.owed.recipient] = collections.deque([sending])
-        return not line
 
     def hand_over(self, recipient: str) -> None:
         """Have a person's line sent by the crew."""
@@ -907,18 +907,23 @@ class Outbox:
             self.report(sending, self.deadlines.clock() - sending.since)
         except ForGood as refusal:
             log.error("Graph refused the reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, refusal)
-        self.failing_since = None
+        self.failing = None
 
     def postpone(self, sending: Sending, failure: Passing) -> None:
-        """Have the line sent again after a pause: twice the last one, at random, or what the server asks for."""
+        """Have the line sent again: after a pause that doubles, less a random part, or as long as the server asks."""
         now = self.deadlines.clock()
-        self.failing_since = self.failing_since or now
+        self.failing = self.failing_since(now) or now, now
         pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
         pause = max(0.0, min(max(pause, failure.retry_after), sending.give_up - now))
         sending.tries += 1
         self.deadlines.set(pause, functools.partial(self.hand_over, sending.owed.recipient))
-        log.warning("the reply to %s, mid %s, failed for now and is tried again in %.1f s: %s",
-                    sending.owed.recipient, sending.owed.mid, pause, failure)
+        log.warning("the reply to %s, mid %s, failed for now and is %s in %.1f s: %s",
+                    sending.owed.recipient, sending.owed.mid,
+                    "tried again" if now + pause < sending.give_up else "given up", pause, failure)
+
+    def failing_since(self, now: float) -> Optional[float]:
+        """Return since when Graph fails without a break, or None; ten minutes without a call are a break."""
+        return self.failing[0] if self.failing and now - self.failing[1] < self.limits.outage else None
 
     def end(self, sending: Sending, settled: bool) -> None:
         """Tell all deliveries that wait for the reply; remember it if it is settled, else forget it."""
@@ -936,11 +941,13 @@ class Outbox:
                     receipt.done.set()
 
     def settle(self, receipt: Receipt, seconds: float) -> bool:
-        """Wait so long for what a delivery owes; return whether it is settled."""
+        """Return whether what a delivery owes is settled, and not given up; raise Late if it is neither in time."""
         with self.lock:
             if receipt.owed and not receipt.failed:
                 receipt.done = threading.Event()
-        return (not receipt.done or receipt.done.wait(seconds)) and not receipt.failed
+        if receipt.done and not receipt.done.wait(seconds):
+            raise Late
+        return not receipt.failed
 
 
 # ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
@@ -968,7 +975,7 @@ Respond = Callable[[Request], Answer]
 
 
 def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
-    """Return the next request; raise Refusal if it is none.  `invite` is called where the client waits for it."""
+    """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for it."""
     head = read_head(file)
     match = REQUEST_LINE.match(head)
     if match is None:
@@ -1030,10 +1037,9 @@ class Connection(socketserver.StreamRequestHandler):
     def handle(self) -> None:
         """Serve until either side has had enough."""
         try:
-            more = self.arrives()
-            while more:
-                more = self.serve() and self.arrives()
-                self.next_step(self.limits.request, self.late_request)
+            if self.arrives():
+                while self.serve() and self.arrives():
+                    self.next_step(self.limits.request, self.late_request)
         except OSError:  # the client is gone
             pass
         except Late:  # the watch answers: to close now would cut it short
@@ -1044,12 +1050,13 @@ class Connection(socketserver.StreamRequestHandler):
 
         Whoever takes the connection out of `idle`, this thread or `close`, has it.
         """
-        self.server.idle.add(self)
-        more = not self.server.closing and bool(self.rfile.peek(1))
-        with contextlib.suppress(KeyError):
-            self.server.idle.remove(self)
-            return more
-        return False
+        self.server.idle[self] = True
+        more = mine = False
+        try:
+            more = not self.server.closing and bool(self.rfile.peek(1))
+        finally:
+            mine = self.server.idle.pop(self, False)
+        return more and mine
 
     def serve(self) -> bool:
         """Read a request and answer it; return whether the connection can be used again."""
@@ -1067,8 +1074,8 @@ class Connection(socketserver.StreamRequestHandler):
 
     def refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let the client read it: to close on unread input resets the connection."""
-        log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
         self.next_step(self.limits.linger, self.end)
+        log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
         self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
         self.request.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE_BYTES):
@@ -1096,6 +1103,7 @@ class Connection(socketserver.StreamRequestHandler):
         with contextlib.suppress(OSError):
             self.request.setblocking(False)
             self.request.send(encode(answer, False, True, int(time.time())) if answer else b"")
+        with contextlib.suppress(OSError):
             self.request.shutdown(socket.SHUT_RDWR)
         self.server.close_request(self.request)
         self.ended.set()
@@ -1120,14 +1128,15 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.routes, self.limits, self.deadlines, self.closing = routes, limits, Deadlines(clock), False
         self.places = threading.BoundedSemaphore(limits.connections)
         self.sockets: Set[socket.socket] = set()  # which have a place
-        self.idle: Set[Connection] = set()        # which wait for a request
+        self.idle: Dict[Connection, bool] = {}    # which wait for a request
         self.closed = threading.Event()
         super().__init__(found[4], Connection)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, `::` to IPv4 as well."""
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+            ipv6 = getattr(socket, "IPPROTO_IPV6", 41)  # Python 3.7 has no name for it on Windows
+            self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         super().server_bind()
 
     def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
@@ -1171,6 +1180,8 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except Refusal as refusal:
             log.log(logging.WARNING if refusal.status == 403 else logging.INFO, "%s", refusal.why)
             return Answer(refusal.status, refusal.text)
+        except Late:
+            raise
         except Exception:
             log.exception("a bug in %s %s", request.method, request.path)
             return Answer(500, "Something is wrong here.")
@@ -1193,9 +1204,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """After `shutdown`: finish and answer what is under way, within the limit; then close all that is open."""
         self.closing = True
         self.server_close()
-        with contextlib.suppress(KeyError):
-            while True:
-                self.idle.pop().end()
+        for connection in self.idle.copy():
+            if self.idle.pop(connection, False):
+                connection.end()
         until = self.deadlines.clock() + self.limits.drain
         while self.busy() and self.deadlines.clock() < until:
             time.sleep(TICK / 5)
@@ -1239,7 +1250,7 @@ class Bot(WebServer):
             raise Refusal(400, "The body is not a JSON object in UTF-8.")
         owed, bugs = self.owed(payload)
         receipt = self.outbox.deliver(owed)
-        if not self.outbox.settle(receipt, self.limits.answer + 1):  # the watch is first
+        if not self.outbox.settle(receipt, self.limits.answer + 1):  # a second later: the watch has answered by then
             return self.late_answer()
         return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
 
@@ -1258,10 +1269,11 @@ class Bot(WebServer):
 
     def late_answer(self) -> Answer:
         """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""
-        since = self.outbox.failing_since
-        if since is None or self.deadlines.clock() - since < self.limits.outage:
+        now = self.deadlines.clock()
+        since = self.outbox.failing_since(now)
+        if since is None or now - since < self.limits.outage:
             return Answer(503, "The replies are not settled yet: bring it again.")
-        log.error("let a delivery go: Graph has failed for %d s", self.deadlines.clock() - since)
+        log.error("let a delivery go: Graph has failed for %d s", now - since)
         return Answer(200, "ok")
 
     def busy(self) -> bool:
@@ -1545,7 +1557,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Proxies,
     if settings.token:
         yield from graph_findings(settings, Client(settings.graph_url, seconds, Deadlines(time.monotonic), proxies))
     if url and not valid_url(url):
-        yield False, "URL", "it is none: give the callback URL, without ? and #, like https://example.com/webhook"
+        yield False, "URL", "it is not one: give the callback URL, without ? and #, like https://example.com/webhook"
     elif url:
         yield from webhook_findings(settings, Client(url, seconds, Deadlines(time.monotonic), proxies))
 
@@ -1586,7 +1598,7 @@ def refused(what: str, error: Mapping[str, Any]) -> Finding:
     if what == "subscription" and code in (10, *range(200, 300)):
         return False, what, "the token may not tell: make one that has pages_manage_metadata"
     if code == 190:
-        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is none that Graph knows, perhaps not copied whole")
+        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is not one that Graph knows, perhaps not copied whole")
         return False, what, "it %s: make a new PAGE_ACCESS_TOKEN" % state
     return False, what, explain(error)
 
@@ -1670,7 +1682,10 @@ def within(seconds: float, call: Callable[[], Any]) -> Any:
 class LogFormat(logging.Formatter):
     """A line an occurrence: nothing from outside breaks it, or colours the terminal."""
 
-    quotes = False  # on a dry run, and in chat, nobody's words are secret
+    def __init__(self, quotes: bool = False) -> None:
+        """Show an exception's own words only if `quotes`: on a dry run, and in chat, they are nobody's secret."""
+        super().__init__()
+        self.quotes = quotes
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line, and under it the traceback of a bug."""
@@ -1679,16 +1694,14 @@ class LogFormat(logging.Formatter):
 
     def formatException(self, exc_info: Any) -> str:
         """Return the traceback, without the exception's own words where they might quote a person's, or a secret."""
-        if self.quotes:
-            return super().formatException(exc_info)
-        return "".join(traceback.format_tb(exc_info[2])) + str(exc_info[0].__name__)
+        text = "".join(traceback.format_tb(exc_info[2])) + str(exc_info[0].__name__)
+        return "\n".join(map(printable, super().formatException(exc_info).split("\n"))) if self.quotes else text
 
 
 def start_log(level: str, quotes: bool) -> None:
     """Log to standard error."""
-    handler, handler_format = logging.StreamHandler(), LogFormat()
-    handler_format.quotes = quotes
-    handler.setFormatter(handler_format)
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormat(quotes))
     logging.basicConfig(level=level, handlers=[handler])
 
 
@@ -1714,10 +1727,14 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d: %s; set HOST and PORT to an address of this host that is free" % (
             printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
+    stop: List[int] = []  # the signals that came; a handler can do no more than that in safety
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: threading.Thread(target=bot.shutdown, daemon=True).start())
+        signal.signal(number, lambda number, _: stop.append(number))
     announce(settings, bot.server_address)
-    bot.serve_forever()
+    threading.Thread(target=bot.serve_forever, daemon=True).start()
+    while not stop:
+        time.sleep(TICK)
+    bot.shutdown()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
     log.info("stopping: finishing what is under way")
@@ -1748,8 +1765,10 @@ def within_files(limits: Limits) -> Limits:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= wanted:
         return limits
-    soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.suppress(ValueError, OSError):  # a host may not allow it
+        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+        soft = more
     room = max(2, soft - SPARE_FILES) / (wanted - SPARE_FILES)
     return limits._replace(connections=int(limits.connections * room) or 1, senders=int(limits.senders * room) or 1,
                            crew=int(limits.crew * room) or 1)
@@ -1767,7 +1786,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if options.url and options.command != "check":
         parser.error("only check takes a URL")
-    threading.stack_size(STACK_BYTES)
+    if sys.implementation.name == "cpython":  # PyPy counts on the usual stack
+        threading.stack_size(STACK_BYTES)
+        sys.setrecursionlimit(RECURSION)
     sys.setswitchinterval(SWITCH)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
