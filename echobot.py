@@ -83,10 +83,12 @@ LINE_BYTES = 8 * 1024        # of a request line or one header field, as in ngin
 HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its routers send about one KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
 PIECE_BYTES = 64 * 1024      # reserved at a time for a body, however much is announced
-STACK_BYTES = 256 * 1024     # of a thread: a host with 64 MiB has room for a hundred, and of the usual 8 MiB for six
-RECURSION = 200              # calls: the bot needs 60, and what recurses for ever must end before such a stack does
+STACK_BYTES = 384 * 1024     # of a thread: a host with 64 MiB has room for a hundred, and of the usual 8 MiB for four
+RECURSION = 160              # calls: the bot makes 60, and what recurses for ever must end before such a stack does
 SWITCH = 0.02                # s that a thread may hold the interpreter: each lets go by itself when it reads or writes,
 #                              and every 5 ms, the default, hundreds that wait would wake up for nothing
+THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its TLS connection to Graph
+SPARE_BYTES = 26 * 1024**2   # left to the interpreter
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 TICK = 0.05                  # s between two looks at the deadlines
@@ -1721,7 +1723,7 @@ def serve(environ: Mapping[str, str]) -> int:
         return 2
     start_log(settings.log_level, quotes=not settings.token)
     try:
-        bot = make_server(settings, within_files(Limits()))
+        bot = make_server(settings, within_host(Limits()))
     except (OSError, UnicodeError) as error:
         trouble = getattr(error, "strerror", None) or "that is no name"
         print("echobot: cannot listen on %s port %d: %s; set HOST and PORT to an address of this host that is free" % (
@@ -1755,23 +1757,30 @@ def announce(settings: Settings, address: Any) -> None:
         log.warning("anybody can post deliveries, until APP_SECRET is set")
 
 
-def within_files(limits: Limits) -> Limits:
-    """Return `limits`, with no more connections than the process may have files open; the soft limit is raised."""
+def within_host(limits: Limits) -> Limits:
+    """Return `limits`, with as many connections and threads as the process may have files and memory for.
+
+    Beyond its memory a thread may die while it is being started, and who starts it would wait for ever.
+    """
     try:
         import resource
-    except ImportError:  # Windows has no such limit
+    except ImportError:  # Windows sets no such limits
         return limits
-    wanted = limits.connections + 2 * limits.senders + limits.crew + SPARE_FILES
+    threads = limits.connections + limits.senders + limits.crew
+    files = threads + limits.senders
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft == resource.RLIM_INFINITY or soft >= wanted:
-        return limits
-    with contextlib.suppress(ValueError, OSError):  # a host may not allow it
-        more = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-        soft = more
-    room = max(2, soft - SPARE_FILES) / (wanted - SPARE_FILES)
-    return limits._replace(connections=int(limits.connections * room) or 1, senders=int(limits.senders * room) or 1,
-                           crew=int(limits.crew * room) or 1)
+    with contextlib.suppress(ValueError, OSError):  # a host may not let it have more
+        more = files + SPARE_FILES if hard == resource.RLIM_INFINITY else min(files + SPARE_FILES, hard)
+        if soft != resource.RLIM_INFINITY and soft < more:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+            soft = more
+    data = resource.getrlimit(resource.RLIMIT_DATA)[0]
+    room = 1.0 if soft == resource.RLIM_INFINITY else (soft - SPARE_FILES) / files
+    if data != resource.RLIM_INFINITY:
+        room = min(room, (data - SPARE_BYTES) / (threads * THREAD_BYTES))
+    connections, senders, crew = (
+        max(1, int(most * min(room, 1.0))) for most in (limits.connections, limits.senders, limits.crew))
+    return limits._replace(connections=connections, senders=senders, crew=crew)
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
