@@ -201,6 +201,37 @@ class BotTest(unittest.TestCase):
         return answers
 
 
+class MadeYours(BotTest):
+    """The program with another `reply`, as its users make it; a process, for its stack is what bugs meet there."""
+
+    def start_yours(self, body):
+        """Return the address of a dry run whose `reply` has this body."""
+        with open(echobot.__file__, encoding="utf-8") as file:
+            text = file.read()
+        usual = '    return message.get("text") or "I can\'t echo this"\n'
+        self.assertEqual(text.count(usual), 1)
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        path = os.path.join(folder, "yours.py")
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(text.replace(usual, "    %s\n" % body))
+        process = subprocess.Popen([sys.executable, path, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE)
+        self.addCleanup(process.stderr.close)
+        self.addCleanup(process.wait)
+        self.addCleanup(process.terminate)
+        port = int(re.search(rb":(\d+),", process.stderr.readline()).group(1))
+        threading.Thread(target=process.stderr.read, daemon=True).start()
+        return types.SimpleNamespace(server_address=("127.0.0.1", port))
+
+    def test_a_bug_in_reply_gets_500_and_stops_nothing_else(self):
+        bot = self.start_yours(
+            "return {'five': 5, 'neighbour': 'hi'}.get(message['text']) or sorted('ab', key=lambda each: reply(message))")
+        for text in "five", "recursion":
+            with self.subTest(text):
+                answer = self.deliver(bot, delivery(message("neighbour", "m_%s_1" % text), message(text, "m_" + text)))
+                self.assertEqual((answer[0], self.request(bot, "GET", "/healthz")[0]), (500, 200))
+
+
 class Delivery(BotTest):
     def test_a_signed_delivery_is_echoed_once_and_answered_ok(self):
         graph = self.start_graph()
@@ -1183,6 +1214,7 @@ class WireHarm(WireTest):
                         client.close()
                         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual({record.levelname for record in seen.records}, {"INFO"})
+        self.assertEqual((len(bot.sockets), len(bot.idle)), (0, 0))
 
     def test_a_bug_costs_its_request_an_answer_of_500_and_is_logged(self):
         def handle(request):
@@ -1546,6 +1578,23 @@ class Pauses(PromiseTest):
         self.assertEqual(self.deliver(bot, delivery(message())), (200, "ok"))
         graph.answer = lambda call: error(2, 500)
         self.assertEqual(status(1002), (503, False))
+
+
+    def test_ten_minutes_without_a_call_are_no_failure(self):
+        graph, hold = self.start_graph(lambda call: error(2, 500)), threading.Event()
+        bot = self.start_frozen_bot(graph, {"retry": 60})
+        answers = self.deliver_in_background(bot, delivery(message()))
+        self.until(graph.calls.qsize)
+        self.elapse(bot, 4)
+        self.assertEqual(answers.get(timeout=WAIT), 503)
+        self.settle(bot)
+        bot.deadlines.clock.pass_time(7200)
+        graph.answer = held(hold)
+        answers = self.deliver_in_background(bot, delivery(message("late", "m_2")))
+        self.until(lambda: "late" in graph.texts())
+        self.elapse(bot, 4)
+        self.assertEqual(answers.get(timeout=WAIT), 503)
+        hold.set()
 
 
 class OnceOnly(PromiseTest):
