@@ -174,7 +174,7 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
     """Yield a line for each thing that is wrong: what, and how to mend it."""
     for name, secret in ("PAGE_ACCESS_TOKEN", settings.token), ("APP_SECRET", settings.secret):
         if not re.fullmatch("[!-~]*", secret):
-            yield name + " has a space in it, or a character that no such value has: copy it again, all of it and nothing else"
+            yield name + " has a space in it, or a character that no such value has: copy it again, and nothing else"
     if settings.token and not settings.secret and allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
@@ -1600,7 +1600,7 @@ def refused(what: str, error: Mapping[str, Any]) -> Finding:
     if what == "subscription" and code in (10, *range(200, 300)):
         return False, what, "the token may not tell: make one that has pages_manage_metadata"
     if code == 190:
-        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is not one that Graph knows, perhaps not copied whole")
+        state = ENDED_TOKENS.get(str(error.get("error_subcode")), "is not known to Graph, perhaps not copied whole")
         return False, what, "it %s: make a new PAGE_ACCESS_TOKEN" % state
     return False, what, explain(error)
 
@@ -1632,11 +1632,11 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
         "any verify token is taken: this is not echobot, check the address")
     if settings.secret:
         holds = ask("POST", "", EMPTY, {"X-Hub-Signature-256": signature(settings.secret, EMPTY)}).status == 200
-        yield holds, "signed", "a delivery is taken" if holds else (
-            "a delivery is refused: the bot there has another APP_SECRET, make the two the same")
+        yield holds, "signed", "a signed delivery is taken" if holds else (
+            "a signed delivery is refused: the bot there has another APP_SECRET, make the two the same")
     holds = ask("POST", "", EMPTY).status == 403
-    yield holds, "unsigned", "a delivery is refused" if holds else (
-        "a delivery is taken, so anybody can make the bot speak: set APP_SECRET there")
+    yield holds, "unsigned", "an unsigned delivery is refused" if holds else (
+        "an unsigned delivery is taken, so anybody can make the bot speak: set APP_SECRET there")
 
 
 def verification_trouble(response: Response, number: str) -> str:
