@@ -1751,7 +1751,9 @@ def announce(settings: Settings, address: Any) -> None:
     """Log the mode, the address, and what is missing."""
     host = "[%s]" % address[0] if ":" in address[0] else address[0]
     log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, address[1])
-    if not settings.token:
+    if settings.token:
+        log.info("live: replies go to %s", settings.graph_url)
+    else:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
     if not settings.secret:
         log.warning("anybody can post deliveries, until APP_SECRET is set")
