@@ -91,7 +91,7 @@ THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its T
 SPARE_BYTES = 26 * 1024**2   # left to the interpreter
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
-TICK = 0.05                  # s between two looks at the deadlines
+TICK = 0.02                  # s between two looks at the deadlines
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
 
 

@@ -194,6 +194,14 @@ class BotTest(unittest.TestCase):
         status, _, text = self.request(bot, "POST", path, body, sign(body))
         return status, text
 
+    def until(self, condition):
+        """Wait until `condition()` holds."""
+        for _ in range(WAIT * 1000):
+            if condition():
+                return
+            threading.Event().wait(0.001)
+        self.fail("waited in vain")
+
     def deliver_in_background(self, bot, payload):
         """Return a queue that will hold the status of the delivery's answer."""
         answers = queue.Queue()
@@ -1214,7 +1222,7 @@ class WireHarm(WireTest):
                         client.close()
                         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual({record.levelname for record in seen.records}, {"INFO"})
-        self.assertEqual((len(bot.sockets), len(bot.idle)), (0, 0))
+        self.until(lambda: not bot.sockets and not bot.idle)
 
     def test_a_bug_costs_its_request_an_answer_of_500_and_is_logged(self):
         def handle(request):
@@ -1318,14 +1326,6 @@ class WiredGraph(Graph):
 
 
 class PromiseTest(BotTest):
-    def until(self, condition):
-        """Wait until `condition()` holds."""
-        for _ in range(WAIT * 1000):
-            if condition():
-                return
-            threading.Event().wait(0.001)
-        self.fail("waited in vain")
-
     def start_frozen_bot(self, graph, limits=None):
         """Return a bot whose time passes in `elapse` only.  It gives no reply up, and is closed at once."""
         return self.start_bot(graph, dict({"graph": 10 ** 6, "retry": 10 ** 6, "drain": 0}, **limits or {}), Clock())
@@ -1951,7 +1951,7 @@ def run(*arguments, typed=b"", stderr=subprocess.PIPE, **environ):
     return (done.returncode, *texts)
 
 
-class ChatOnAPipe(BotTest):
+class TalkOnAPipe(BotTest):
     COMMANDS = (  # what is typed, what the bot says to it, and what is noted beside that
         ("hi", ["hi"], "^$"),
         ("/sticker", ["I can't echo this"], "^$"),
@@ -1977,15 +1977,16 @@ class ChatOnAPipe(BotTest):
     )
 
     @classmethod
-    def setUpClass(cls):
-        """Start the talks that the tests below look at, all at once."""
+    def start(cls):
+        """Start the talks that the tests below look at, all at once, beside the other tests: they take a while."""
         commands = "".join("%s\n-- \n" % line for line, _, _ in cls.COMMANDS)
         talks = {"commands": dict(typed=commands, stderr=subprocess.STDOUT), "plain": dict(typed=cls.PLAIN),
                  "long": dict(typed=cls.LONG.encode() + b"\n\xff\xfe\xed\xa0\x80\nhello\n"),
                  "wire": dict(typed="hello\n/wire\n/190\nhello again\n"),
                  **{command: dict(typed=command + "\nhello\nbye\n") for command, _, _ in cls.FAULTS}}
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            cls.talks = {name: pool.submit(run, "chat", **talk) for name, talk in talks.items()}
+        pool = concurrent.futures.ThreadPoolExecutor(2)
+        cls.talks = {name: pool.submit(run, "chat", **talk) for name, talk in talks.items()}
+        pool.shutdown(wait=False)
 
     def chat(self, talk):
         return self.talks[talk].result()
@@ -2046,7 +2047,7 @@ class ChatOnAPipe(BotTest):
 
 
 @unittest.skipUnless(hasattr(os, "openpty"), "this system has no pseudo-terminals")
-class ChatOnATerminal(unittest.TestCase):
+class TalkOnATerminal(unittest.TestCase):
     def test_it_prompts_and_answers_until_control_d(self):
         terminal, inner = os.openpty()
         self.addCleanup(os.close, terminal)
@@ -2307,6 +2308,10 @@ class CheckWebhook(CheckTest):
     def test_the_exit_status_of_the_process_says_whether_all_is_well(self):
         self.check_process(0, 3 * ["ok"])
         self.check_process(1, ["FAIL"], PAGE_ACCESS_TOKEN="")
+
+
+def setUpModule():
+    TalkOnAPipe.start()
 
 
 if __name__ == "__main__":
