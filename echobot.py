@@ -20,8 +20,9 @@ the delivery was brought again to another process.
 The settings are environment variables:
 
     PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
-    APP_SECRET          the app's secret, which signs deliveries; a token needs it, save with ALLOW_UNSIGNED=1
-    VERIFY_TOKEN        what the webhook's set-up page must send
+    APP_SECRET          the app's secret, which signs deliveries; a token needs it
+    ALLOW_UNSIGNED      1 takes deliveries from anybody: for trying only
+    VERIFY_TOKEN        what the webhook's set-up page must send: my_voice_is_my_password_verify_me
     HOST, PORT          where to listen: 0.0.0.0 and 5000
     GRAPH_URL           the Graph API and its version: https://graph.facebook.com/v26.0
     LOG_LEVEL           DEBUG, INFO, WARNING, ERROR or CRITICAL; the log goes to standard error
@@ -688,23 +689,23 @@ class ForGood(Exception):
 
 PASSING = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
 MEANINGS: Dict[Any, str] = {
-    1: "Graph has an unknown problem: nothing to do",
-    2: "Graph is down, or the person has blocked the page: nothing to do",
-    4: "the app makes too many calls: send less",
+    1: "Graph has an unknown problem: nothing for you to do",
+    2: "Graph is down, or the person has blocked the page: nothing for you to do",
+    4: "the app makes too many calls: send fewer messages",
     10: "the page may not write to this person, who last wrote more than 24 hours ago, or the app lacks permission: "
         "ask for pages_messaging in app review",
-    17: "the user makes too many calls: send less",
-    32: "the page makes too many calls: send less",
+    17: "the user makes too many calls: send fewer messages",
+    32: "the page makes too many calls: send fewer messages",
     100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
     102: "the session is over: make a new PAGE_ACCESS_TOKEN",
     190: "the token is not valid any more: make a new PAGE_ACCESS_TOKEN",
     230: "a permission is missing: ask for pages_messaging in app review",
-    341: "the app has reached a limit: send less",
+    341: "the app has reached a limit: send fewer messages",
     368: "Facebook has blocked the page or the app for its behaviour: see the page's support inbox",
-    551: "the person is not available: nothing to do",
-    613: "calls come too fast: send less",
-    1200: "the message could not be sent for now: nothing to do",
-    80006: "the page sends too many messages: send less",
+    551: "the person is not available: nothing for you to do",
+    613: "calls come too fast: send fewer messages",
+    1200: "the message could not be sent for now: nothing for you to do",
+    80006: "the page sends too many messages: send fewer messages",
     1545041: "the 24 hours in which the page may answer are over: wait until the person writes again",
 }
 
@@ -1077,7 +1078,7 @@ class Connection(socketserver.StreamRequestHandler):
     def refuse(self, refusal: Refusal) -> None:
         """Answer what is no request, and let the client read it: to close on unread input resets the connection."""
         self.next_step(self.limits.linger, self.end)
-        log.info("refused with %d, to %s: %s", refusal.status, self.client_address[0], refusal.why)
+        log.info("refused a request of %s with %d: %s", self.client_address[0], refusal.status, refusal.why)
         self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
         self.request.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE_BYTES):
@@ -1249,7 +1250,8 @@ class Bot(WebServer):
         except ValueError:
             payload = None
         if not isinstance(payload, dict):
-            raise Refusal(400, "The body is not a JSON object in UTF-8.")
+            text = "the body is not a JSON object in UTF-8"
+            raise Refusal(400, text, "delivery refused: " + text)
         owed, bugs = self.owed(payload)
         receipt = self.outbox.deliver(owed)
         if not self.outbox.settle(receipt, self.limits.answer + 1):  # a second later: the watch has answered by then
@@ -1328,7 +1330,7 @@ COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it 
     "/batch": ("three messages in one delivery", None),
     "/again": ("the last delivery once more", None),
     "/unsigned": ("a delivery that is not signed", None),
-    "/slow": ("Graph takes %g s for its next answer (the bot's 4 s are shortened to %g)" % (
+    "/slow": ("Graph takes %g s for its next answer, and the bot waits %g s here instead of 4" % (
         SLOW, CHAT_LIMITS.answer), {}),
     "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
     "/613": ("Graph says next time that calls come too fast", {"code": 613}),
@@ -1472,11 +1474,11 @@ class Chat:
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
                 break
-            self.note("(the bot answered 503, not settled yet: Messenger brings the delivery again)")
+            self.note("(the bot answered 503, the reply is not settled yet: Messenger brings the delivery again)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, answer.decode()))
         elif self.said == said:
-            self.note("(the bot answered 200 ok, and had nothing to say)")
+            self.note("(the bot answered 200 ok, and no reply came of it: nothing more is owed)")
 
     def say(self, text: str) -> None:
         """Print what the bot says."""
@@ -1525,7 +1527,7 @@ ADVICE: Sequence[Tuple[Any, str]] = (
     (socket.gaierror, "the name cannot be looked up: check the name, and the network of this host"),
     ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {:g} s: check the address, the "
                                                         "network and the firewall"),
-    (ConnectionRefusedError, "nothing listens there: check the address and the port, and that it runs"),
+    (ConnectionRefusedError, "nothing listens there: check the address and the port, and that the bot runs"),
     (ConnectionError, "it closes the connection without an answer: check the address and the port"),
     (OSError, "it cannot be reached: check the network of this host"),
     (Exception, "something else answers there: check the address and the port"),
@@ -1576,7 +1578,7 @@ def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     except ForGood as refusal:
         yield refused(what, refusal.error)
     except (Passing, concurrent.futures.TimeoutError) as error:
-        yield False, what, "Graph, %s, does not tell: %s" % (client.host, advice(error, client))
+        yield False, what, "no answer from Graph at %s: %s" % (client.host, advice(error, client))
     finally:
         client.close()
 
@@ -1623,7 +1625,7 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
     number = str(random.randrange(10 ** 9))
     query = {"hub.mode": "subscribe", "hub.challenge": number, "hub.verify_token": settings.verify_token}
     trouble = verification_trouble(ask("GET", "?" + urllib.parse.urlencode(query)), number)
-    yield not trouble, "verification", trouble or "the webhook says the challenge back"
+    yield not trouble, "verification", trouble or "the webhook returns the challenge"
     if trouble and "VERIFY_TOKEN" not in trouble:
         return
     query["hub.verify_token"] += "?"
@@ -1742,7 +1744,10 @@ def serve(environ: Mapping[str, str]) -> int:
     log.info("stopping: finishing what is under way")
     bot.close()
     left = len(bot.outbox.pending)
-    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to bring again: %d", left)
+    if left:
+        log.error("stopped; replies left, for Messenger to bring again: %d", left)
+    else:
+        log.info("stopped; nothing is left")
     logging.shutdown()
     os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
 
@@ -1789,7 +1794,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
     parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve")
+    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve",
+                        help="serve (the default), chat or check")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")
     parser.add_argument("--host", help="where to listen, instead of HOST")
     parser.add_argument("--port", help="where to listen, instead of PORT")
