@@ -233,7 +233,7 @@ class MadeYours(BotTest):
 
     def test_a_bug_in_reply_gets_500_and_stops_nothing_else(self):
         bot = self.start_yours(
-            "return {'five': 5, 'neighbour': 'hi'}.get(message['text']) or sorted('ab', key=lambda each: reply(message))")
+            "return {'five': 5, 'neighbour': 'hi'}.get(message['text']) or sorted('ab', key=lambda x: reply(message))")
         for text in "five", "recursion":
             with self.subTest(text):
                 answer = self.deliver(bot, delivery(message("neighbour", "m_%s_1" % text), message(text, "m_" + text)))
@@ -2302,7 +2302,8 @@ class CheckWebhook(CheckTest):
         self.assertRegex("\n".join(self.check(url=self.start_graph(obliging).url)[0]), "other token.* is taken")
 
     def test_what_is_no_url_is_named_with_its_mend(self):
-        self.check_causes(*((url, {"url": url}, "URL.*: give the callback URL, without . and #, like https://") for url in (
+        mend = "URL.*: give the callback URL, without . and #, like https://"
+        self.check_causes(*((url, {"url": url}, mend) for url in (
             "example.com", "ftp://a.com", "https://", "https://a.com:99999", "https://a b.com", "https://a..b")))
 
     def test_the_exit_status_of_the_process_says_whether_all_is_well(self):
