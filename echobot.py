@@ -866,7 +866,7 @@ class Outbox:
         """Give the crew work; where no thread can be had it stays in the crew's queue until one can."""
         try:
             self.crew.submit(*work)
-        except RuntimeError:
+        except RuntimeError:  # any further work, such as `int`, has the crew try to start a thread again
             self.deadlines.set(1.0, functools.partial(self.recruit, int))
 
     def send_line(self, recipient: str, until: Optional[Receipt] = None) -> None:
@@ -1717,7 +1717,7 @@ def printable(text: str) -> str:
 
 
 def serve(environ: Mapping[str, str]) -> int:
-    """Serve until a signal; return the exit status, if it comes to that."""
+    """Serve until a signal, and end the program; return the exit status where it cannot even start."""
     try:
         settings = settings_from(environ)
     except SettingsError as error:
@@ -1731,13 +1731,26 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d: %s; set HOST and PORT to an address of this host that is free" % (
             printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
-    stop: List[int] = []  # the signals that came; a handler can do no more than that in safety
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: stop.append(number))
+    signals = catch_signals()
     announce(settings, bot.server_address)
     threading.Thread(target=bot.serve_forever, daemon=True).start()
-    while not stop:
+    while not signals:
         time.sleep(TICK)
+    left = finish(bot)
+    logging.shutdown()
+    os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
+
+
+def catch_signals() -> List[int]:
+    """Return a list that gets the signals which end the program: a handler can do no more than that in safety."""
+    signals: List[int] = []
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, lambda number, _: signals.append(number))
+    return signals
+
+
+def finish(bot: Bot) -> int:
+    """Finish what is under way; return how many replies are left."""
     bot.shutdown()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
@@ -1748,8 +1761,7 @@ def serve(environ: Mapping[str, str]) -> int:
         log.error("stopped; replies left, for Messenger to bring again: %d", left)
     else:
         log.info("stopped; nothing is left")
-    logging.shutdown()
-    os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
+    return left
 
 
 def announce(settings: Settings, address: Any) -> None:
@@ -1803,13 +1815,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     options = parser.parse_args(arguments)
     if options.url and options.command != "check":
         parser.error("only check takes a URL")
-    if sys.implementation.name == "cpython":  # PyPy counts on the usual stack
-        threading.stack_size(STACK_BYTES)
-        sys.setrecursionlimit(RECURSION)
-    sys.setswitchinterval(SWITCH)
-    for stream in sys.stdin, sys.stdout:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    tune_interpreter()
     given = {name: value for name, value in (("HOST", options.host), ("PORT", options.port)) if value is not None}
     if options.command == "chat":
         if not sys.stdin or not sys.stdout:
@@ -1819,6 +1825,17 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.command == "check":
         return check(os.environ, options.url)
     return serve({**os.environ, **given})
+
+
+def tune_interpreter() -> None:
+    """Set Python up for hundreds of threads, and for whatever text comes in and goes out."""
+    if sys.implementation.name == "cpython":  # PyPy counts on the usual stack
+        threading.stack_size(STACK_BYTES)
+        sys.setrecursionlimit(RECURSION)
+    sys.setswitchinterval(SWITCH)
+    for stream in sys.stdin, sys.stdout:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":
