@@ -92,6 +92,7 @@ THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its T
 SPARE_BYTES = 26 * 1024**2   # left to the interpreter
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
+ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
 TICK = 0.02                  # s between two looks at the deadlines
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
 
@@ -494,7 +495,7 @@ class Late(Exception):
 class Deadlines:
     """Who has until when.  Whoever takes a deadline out may act, and nobody else: the one in time, or the watch.
 
-    To take an item out of a dictionary is one step in Python, so this needs no lock.
+    What has to happen at a time of its own, such as a second try, is a deadline that nobody meets.  To take an item out of a dictionary is one step in Python, so this needs no lock.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -567,7 +568,10 @@ class Link:
         return bool(select.select([self.sock], [], [], 0)[0])
 
     def abort(self) -> None:
-        """End an exchange that takes too long, called by the watch: who waits for the answer reads an end of file."""
+        """End an exchange that takes too long, called by the watch: who waits for the answer reads an end of file.
+
+        Not by SSLSocket's own `shutdown`: that takes away the TLS state which the other thread is reading with.
+        """
         with contextlib.suppress(OSError):
             socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
 
@@ -784,10 +788,10 @@ def describe(error: Exception) -> str:
 # ---- The outbox: each reply once, each person's in order -----------------------------------------------------------
 
 class Receipt:
-    """What one delivery still owes, and how that ended."""
+    """How many replies one delivery waits for, and whether one was given up."""
 
     def __init__(self) -> None:
-        self.owed, self.failed = 0, False
+        self.waiting, self.failed = 0, False
         self.done: Optional[threading.Event] = None  # where a thread waits for it
 
 
@@ -816,26 +820,23 @@ class Outbox:
         self.size = 0                                       # messages in `pending`
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.lines: Dict[str, Deque[Sending]] = {}
-        self.senders = 0                                    # deliveries' threads that send
+        self.senders = threading.BoundedSemaphore(limits.senders)  # deliveries' threads that send
         self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
         self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
     def deliver(self, owed: Sequence[Owed]) -> Receipt:
         """Return the receipt of a delivery that owes `owed`, perhaps settled; raise Refusal if it is too much."""
         receipt, now = Receipt(), self.deadlines.clock()
-        sendings = {reply.key: Sending(reply, now) for reply in owed}
+        sendings = {each.key: Sending(each, now) for each in owed}
         with self.lock:
             fresh = self.enter(sendings, receipt)
-            own = len(fresh) == 1 and self.senders < self.limits.senders
-            self.senders += own
-        if own:
+        if len(fresh) == 1 and self.senders.acquire(blocking=False):
             try:
                 self.send_line(fresh.pop(), receipt)
             finally:
-                with self.lock:
-                    self.senders -= 1
+                self.senders.release()
         for recipient in fresh:
-            self.hand_over(recipient)
+            self.hand_over(self.send_line, recipient)
         return receipt
 
     def enter(self, sendings: Dict[bytes, Sending], receipt: Receipt) -> List[str]:
@@ -855,19 +856,15 @@ class Outbox:
         for key in sendings:
             if key in self.pending:
                 self.pending[key].receipts.append(receipt)
-                receipt.owed += 1
+                receipt.waiting += 1
         return fresh
 
-    def hand_over(self, recipient: str) -> None:
-        """Have a person's line sent by the crew."""
-        self.recruit(self.send_line, recipient)
-
-    def recruit(self, *work: Any) -> None:
+    def hand_over(self, *work: Any) -> None:
         """Give the crew work; where no thread can be had it stays in the crew's queue until one can."""
         try:
             self.crew.submit(*work)
         except RuntimeError:  # any further work, such as `int`, has the crew try to start a thread again
-            self.deadlines.set(1.0, functools.partial(self.recruit, int))
+            self.deadlines.set(1.0, functools.partial(self.hand_over, int))
 
     def send_line(self, recipient: str, until: Optional[Receipt] = None) -> None:
         """Send a person's replies, until none is left, one has to wait, or `until` is done."""
@@ -878,8 +875,8 @@ class Outbox:
                 if not line:
                     del self.lines[recipient]
                     return
-            if until and not until.owed:
-                self.hand_over(recipient)
+            if until and not until.waiting:
+                self.hand_over(self.send_line, recipient)
                 return
 
     def send_reply(self, sending: Sending) -> bool:
@@ -919,7 +916,7 @@ class Outbox:
         pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
         pause = max(0.0, min(max(pause, failure.retry_after), sending.give_up - now))
         sending.tries += 1
-        self.deadlines.set(pause, functools.partial(self.hand_over, sending.owed.recipient))
+        self.deadlines.set(pause, functools.partial(self.hand_over, self.send_line, sending.owed.recipient))
         log.warning("the reply to %s, mid %s, failed for now and is %s in %.1f s: %s",
                     sending.owed.recipient, sending.owed.mid,
                     "tried again" if now + pause < sending.give_up else "given up", pause, failure)
@@ -938,15 +935,15 @@ class Outbox:
                 if len(self.settled) > self.limits.remembered:
                     self.settled.popitem(last=False)
             for receipt in sending.receipts:
-                receipt.owed -= 1
+                receipt.waiting -= 1
                 receipt.failed = receipt.failed or not settled
-                if receipt.done and (receipt.failed or not receipt.owed):
+                if receipt.done and (receipt.failed or not receipt.waiting):
                     receipt.done.set()
 
     def settle(self, receipt: Receipt, seconds: float) -> bool:
         """Return whether what a delivery owes is settled, and not given up; raise Late if it is neither in time."""
         with self.lock:
-            if receipt.owed and not receipt.failed:
+            if receipt.waiting and not receipt.failed:
                 receipt.done = threading.Event()
         if receipt.done and not receipt.done.wait(seconds):
             raise Late
@@ -1252,13 +1249,13 @@ class Bot(WebServer):
         if not isinstance(payload, dict):
             text = "the body is not a JSON object in UTF-8"
             raise Refusal(400, text, "delivery refused: " + text)
-        owed, bugs = self.owed(payload)
+        owed, bugs = self.replies_owed(payload)
         receipt = self.outbox.deliver(owed)
         if not self.outbox.settle(receipt, self.limits.answer + 1):  # a second later: the watch has answered by then
             return self.late_answer()
         return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
 
-    def owed(self, payload: Dict[str, Any]) -> Tuple[List[Owed], int]:
+    def replies_owed(self, payload: Dict[str, Any]) -> Tuple[List[Owed], int]:
         """Return the replies owed to a delivery, and in how many events `reply` has a bug; each is logged."""
         owed, bugs = [], 0
         for page, event in messaging_events(payload):
@@ -1269,7 +1266,7 @@ class Bot(WebServer):
             except Exception:
                 log.exception("a bug in the reply to an event")
                 bugs += 1
-        return [reply for reply in owed if reply], bugs
+        return [each for each in owed if each], bugs
 
     def late_answer(self) -> Answer:
         """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""
@@ -1383,8 +1380,8 @@ class PlayedGraph(WebServer):
         return {} if whole else {"code": 100}
 
 
-def now() -> int:
-    """Return Messenger's time: the Unix time in ms."""
+def messenger_time() -> int:
+    """Return the time as Messenger gives it: Unix time in ms."""
     return int(time.time() * 1000)
 
 
@@ -1436,7 +1433,7 @@ class Chat:
 
     def bring(self, *parts: Dict[str, Any]) -> None:
         """Deliver events with these parts."""
-        entry = {"id": PAGE, "time": now(), "messaging": [self.event(part) for part in parts]}
+        entry = {"id": PAGE, "time": messenger_time(), "messaging": [self.event(part) for part in parts]}
         self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
         self.again()
 
@@ -1446,7 +1443,7 @@ class Chat:
         (kind, value), = part.items()
         value = dict({"mid": "m_%d" % self.sent} if kind in ("message", "postback") else {}, **value)
         sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
-        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": now(), kind: value}
+        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": messenger_time(), kind: value}
 
     def batch(self) -> None:
         """Deliver three messages at once."""
@@ -1511,8 +1508,6 @@ class Chat:
             self.note("  %-10s %s" % (command, meaning))
 
 
-
-
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
 CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report, so it takes ten at most
@@ -1563,6 +1558,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Proxies,
     if url and not valid_url(url):
         yield False, "URL", "it is not one: give the callback URL, without ? and #, like https://example.com/webhook"
     elif url:
+        url += "" if urllib.parse.urlsplit(url).path else "/"
         yield from webhook_findings(settings, Client(url, seconds, Deadlines(time.monotonic), proxies))
 
 
@@ -1611,7 +1607,6 @@ def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     """Yield what the public webhook does, asked as Messenger asks."""
     if not client.context:
         yield False, "URL", "it is not https, and Messenger calls nothing else: put a proxy with a certificate in front"
-    client.base = client.base or "/"
     try:
         yield from answers(settings, lambda *call: within(client.timeout, lambda: client.call(*call)))
     except (*NO_ANSWER, concurrent.futures.TimeoutError) as error:
@@ -1624,9 +1619,10 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
     """Yield what the webhook answers to what is right and to what is wrong."""
     number = str(random.randrange(10 ** 9))
     query = {"hub.mode": "subscribe", "hub.challenge": number, "hub.verify_token": settings.verify_token}
-    trouble = verification_trouble(ask("GET", "?" + urllib.parse.urlencode(query)), number)
+    response = ask("GET", "?" + urllib.parse.urlencode(query))
+    trouble = verification_trouble(response, number)
     yield not trouble, "verification", trouble or "the webhook returns the challenge"
-    if trouble and "VERIFY_TOKEN" not in trouble:
+    if trouble and response.body != WRONG_TOKEN.encode():  # it is not the bot that answers
         return
     query["hub.verify_token"] += "?"
     holds = ask("GET", "?" + urllib.parse.urlencode(query)).status == 403
@@ -1813,10 +1809,12 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("--port", help="where to listen, instead of PORT")
     parser.add_argument("--version", action="version", version="echobot " + __version__)
     options = parser.parse_args(arguments)
+    given = {name: value for name, value in (("HOST", options.host), ("PORT", options.port)) if value is not None}
     if options.url and options.command != "check":
         parser.error("only check takes a URL")
+    if given and options.command != "serve":
+        parser.error("only serve takes --host and --port")
     tune_interpreter()
-    given = {name: value for name, value in (("HOST", options.host), ("PORT", options.port)) if value is not None}
     if options.command == "chat":
         if not sys.stdin or not sys.stdout:
             parser.error("chat needs standard input and output")
@@ -1833,6 +1831,9 @@ def tune_interpreter() -> None:
         threading.stack_size(STACK_BYTES)
         sys.setrecursionlimit(RECURSION)
     sys.setswitchinterval(SWITCH)
+    with contextlib.suppress(Exception):  # there is no glibc, or no ctypes
+        import ctypes
+        ctypes.CDLL(None).mallopt(*ONE_HEAP)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
