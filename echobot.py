@@ -972,10 +972,13 @@ class Answer(NamedTuple):
 
 
 Respond = Callable[[Request], Answer]
+TLS_HELLO = b"\x16"  # which begins no request
 
 
 def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
     """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for it."""
+    if file.peek(1)[:1] == TLS_HELLO:
+        raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
     head = read_head(file)
     match = REQUEST_LINE.match(head)
     if match is None:

@@ -13,6 +13,7 @@ import itertools
 import json
 import logging
 import os
+import platform
 import queue
 import random
 import re
@@ -37,6 +38,7 @@ import echobot
 
 WAIT = 10  # s: a bound on waits that end at once unless something is broken
 SECRET, TOKEN = "app-secret", "page-token"
+PYTHON = sys.executable, "-S"  # without what is installed on this machine
 
 
 class Clock:
@@ -223,7 +225,7 @@ class MadeYours(BotTest):
         path = os.path.join(folder, "yours.py")
         with open(path, "w", encoding="utf-8") as file:
             file.write(text.replace(usual, "    %s\n" % body))
-        process = subprocess.Popen([sys.executable, path, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE)
+        process = subprocess.Popen([*PYTHON, path, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
@@ -719,7 +721,7 @@ class Program(RuleTest):
     def start(self, *arguments, **environ):
         """Return the process of `python echobot.py arguments` with the settings `environ` and no others."""
         inherited = {name: value for name, value in os.environ.items() if name not in VARIABLES}
-        process = subprocess.Popen([sys.executable, "-W", "error", echobot.__file__, *arguments],
+        process = subprocess.Popen([*PYTHON, "-W", "error", echobot.__file__, *arguments],
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                    env=dict(inherited, no_proxy="*", **environ))
         bound = threading.Timer(2 * WAIT, process.kill)
@@ -942,6 +944,11 @@ class WireRefusals(WireTest):
             with self.subTest(why, status=status):
                 answer, *others = self.answers(bot, request + SMUGGLED)
                 self.assertEqual((answer.status, answer.fields.get("Connection"), others), (status, "close", []))
+
+    def test_a_client_that_speaks_tls_is_refused_at_once(self):
+        client = self.connect(self.start(clock=Clock()))
+        with self.assertRaisesRegex(ssl.SSLError, "WRONG_VERSION_NUMBER|wrong version number"):
+            ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).wrap_socket(client, server_hostname="bot")
 
     def test_a_request_that_breaks_off_is_refused(self):
         bot = self.start()
@@ -1821,7 +1828,7 @@ class Process:
     def __init__(self, test, **environ):
         inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         self.popen = subprocess.Popen(
-            [sys.executable, echobot.__file__, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE,
+            [*PYTHON, "-I", echobot.__file__, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE,
             env=dict(inherited, PAGE_ACCESS_TOKEN=TOKEN, APP_SECRET=SECRET, LOG_LEVEL="INFO", **environ))
         self.lines = queue.Queue()
         self.reader = threading.Thread(target=self.read, daemon=True)
@@ -1908,6 +1915,18 @@ class Processes(PromiseTest):
             self.assertEqual(self.deliver(second, delivery(message(text, text))), (200, "ok"))
         self.assertEqual(set(sent) - set(graph.texts()), set())
 
+    @unittest.skipUnless(platform.libc_ver()[0] == "glibc" and os.path.exists("/proc/self/maps"), "needs glibc")
+    def test_all_threads_share_one_heap(self):
+        """glibc reserves 64 MiB for each further one, of which it cannot use much at first."""
+        process = Process(self, GRAPH_URL=self.start_graph().url)
+        _, _, threads = self.load(process)
+        with open("/proc/%d/maps" % process.popen.pid) as file:
+            reserved = re.findall("^([0-9a-f]+)-([0-9a-f]+) ---p .* 0 *$", file.read(), re.M)
+        self.assertEqual([size for size in (int(end, 16) - int(start, 16) for start, end in reserved)
+                          if size > 32 * 1024 ** 2], [])
+        process.popen.kill()
+        self.finish(process, threads)
+
     def test_calls_go_through_the_proxy_of_the_environment(self):
         proxy = self.start_graph()
         address = "http://user:pass%%20word@127.0.0.1:%d/" % proxy.server_address[1]
@@ -1939,7 +1958,7 @@ class Processes(PromiseTest):
                          ("graph.invalid:443", "Basic dXNlcjpwYXNzIHdvcmQ="))
 
 
-PROGRAM = [sys.executable, echobot.__file__]
+PROGRAM = [*PYTHON, echobot.__file__]
 
 
 def run(*arguments, typed=b"", stderr=subprocess.PIPE, **environ):
