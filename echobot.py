@@ -94,6 +94,7 @@ BACKLOG = 1024               # connections that wait to be accepted; the default
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
 TICK = 0.02                  # s between two looks at the deadlines
+UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
 
 
@@ -600,7 +601,8 @@ class Client:
         if self.proxy and not self.context:
             self.base = "http://%s%s" % (self.host, self.base)
             self.common += lines_of(self.proxy_fields)
-        self.idle: List[Link] = []
+        self.idle: Deque[Link] = collections.deque()  # the one that was used last is last
+        self.prune()
 
     def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Response:
         """Return the server's answer; raise one of NO_ANSWER where there is none."""
@@ -654,6 +656,13 @@ class Client:
                 self.idle.append(link)
             else:
                 link.close()
+
+    def prune(self) -> None:
+        """Close the connections that nobody has needed for a minute, as after a burst, from now on each minute."""
+        self.deadlines.set(UNUSED, self.prune)
+        with contextlib.suppress(IndexError):
+            while self.deadlines.clock() - self.idle[0].since >= UNUSED:
+                self.idle.popleft().close()
 
     def close(self) -> None:
         """Close the connections that nobody uses."""

@@ -1821,6 +1821,15 @@ class KeptConnections(PromiseTest):
                 self.assertEqual({record.levelname for record in logs.records}, {"INFO"})
                 self.assertEqual((graph.calls.qsize(), len(graph.connections)), (10, 10))
 
+    def test_a_connection_that_nobody_has_needed_for_a_minute_is_closed(self):
+        graph = self.start_graph()
+        bot = self.start_frozen_bot(graph)
+        for number, (seconds, connections) in enumerate(((0, 1), (59, 1), (1, 1), (120, 2))):
+            self.elapse(bot, seconds)
+            self.deliver(bot, delivery(message(mid="m_%d" % number)))
+            self.assertEqual(len(graph.connections), connections)
+            self.until(lambda: bot.client.idle)
+
 
 class Process:
     """A bot of its own process; `lines` gets what it logs."""
