@@ -71,7 +71,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`; None or an empty text says nothing.
 
     `message` is a person's message as Messenger describes it, {"mid": …, "text": …, "attachments": […], …}; `text` is
-    empty where there is none.  A press on a button comes as {"text": its title, "payload": …}.
+    empty where there is none.  A press on a button comes as {"text": its title, "payload": …}.  It may take its time,
+    in one person's order and for several people at once; should it raise, the delivery is answered 500.
     """
     return message.get("text") or "I can't echo this"
 
@@ -108,7 +109,8 @@ class Limits(NamedTuple):
     connections: int = 500      # at once, a thread each; more wait in the backlog
     senders: int = 300          # deliveries' threads that send to Graph at once: its 300 a second, at 1 s each
     crew: int = 100             # further threads that do, for deliveries of several people and for second tries
-    pending: int = 10_000       # messages not settled yet, pieces of long texts counted: 160 MB at the very most
+    pending: int = 10_000       # replies not settled yet: minutes of them, and Messenger keeps what is beyond
+    pending_bytes: int = 16 * 1024**2  # of the deliveries that they came in; once parsed, several times as much
     remembered: int = 10_000    # settled replies that are not sent again: half a minute at Graph's 300 a second
     retry: float = 60.0         # from the first try of a reply until it is given up
     first_pause: float = 0.5    # before the second try; each further pause is twice as long
@@ -277,7 +279,7 @@ class Owed(NamedTuple):
     key: bytes       # what tells its event from every other
     recipient: str   # whom to send it to: the event's sender
     mid: str         # Messenger's name of the event, for the log; may be empty
-    text: str
+    message: Dict[str, Any]  # what `reply` gets
 
 
 def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
@@ -314,14 +316,9 @@ def owed_to(page: str, event: Any) -> Optional[Owed]:
     sender = identity(event.get("sender"))
     if sender in ("", page, identity(event.get("recipient"))) or message.get("is_echo") or message.get("is_deleted"):
         return None
-    text = reply(message)
-    if not text:
-        return None
-    if not isinstance(text, str):
-        raise TypeError("reply returned something else than a text")
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
-    return Owed(hashlib.blake2b(as_bytes(name), digest_size=16).digest(), sender, mid, text)
+    return Owed(hashlib.blake2b(as_bytes(name), digest_size=16).digest(), sender, mid, message)
 
 
 def identity(party: Any) -> str:
@@ -496,7 +493,9 @@ class Late(Exception):
 class Deadlines:
     """Who has until when.  Whoever takes a deadline out may act, and nobody else: the one in time, or the watch.
 
-    What has to happen at a time of its own, such as a second try, is a deadline that nobody meets.  To take an item out of a dictionary is one step in Python, so this needs no lock.
+    What has to happen at a time of its own, such as a second try, is a deadline that nobody meets.
+
+    To take an item out of a dictionary is one step in Python, so this needs no lock.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -796,11 +795,14 @@ def describe(error: Exception) -> str:
 
 # ---- The outbox: each reply once, each person's in order -----------------------------------------------------------
 
+Reply = Callable[[Mapping[str, Any]], Optional[str]]
+
+
 class Receipt:
-    """How many replies one delivery waits for, and whether one was given up."""
+    """How many replies one delivery waits for, and the status that it gets for those that have ended."""
 
     def __init__(self) -> None:
-        self.waiting, self.failed = 0, False
+        self.waiting, self.status = 0, 200
         self.done: Optional[threading.Event] = None  # where a thread waits for it
 
 
@@ -808,9 +810,19 @@ class Sending:
     """A reply on its way: what is left of it to send, and which deliveries wait for it."""
 
     def __init__(self, owed: Owed, now: float) -> None:
-        self.owed, self.left, self.since = owed, collections.deque(pieces(owed.text)), now
-        self.size, self.tries, self.give_up = len(self.left), 0, 0.0
+        self.owed, self.since, self.size, self.tries, self.give_up = owed, now, 0, 0, 0.0
+        self.text: Optional[str] = None  # not known yet
+        self.left: Deque[str] = collections.deque()
         self.receipts: List[Receipt] = []
+
+    def ask(self, reply: Reply) -> None:
+        """Ask `reply` what to say, once; raise TypeError if that is no text."""
+        if self.text is None:
+            text = reply(self.owed.message)
+            if not isinstance(text, (str, type(None))):
+                raise TypeError("reply returned %s: it has to return a text, or None" % type(text).__name__)
+            self.text = text or ""
+            self.left.extend(pieces(text) if text else ())
 
 
 class Outbox:
@@ -821,24 +833,24 @@ class Outbox:
     in `deadlines`, without a thread.
     """
 
-    def __init__(self, send: Callable[[str, str], None], report: Callable[[Sending, float], None],
+    def __init__(self, reply: Reply, send: Callable[[str, str], None], report: Callable[[Sending, float], None],
                  limits: Limits, deadlines: Deadlines) -> None:
-        self.send, self.report, self.limits, self.deadlines = send, report, limits, deadlines
+        self.reply, self.send, self.report, self.limits, self.deadlines = reply, send, report, limits, deadlines
         self.lock = threading.Lock()
         self.pending: Dict[bytes, Sending] = {}
-        self.size = 0                                       # messages in `pending`
+        self.size = 0                                       # bytes that `pending` came in
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.lines: Dict[str, Deque[Sending]] = {}
         self.senders = threading.BoundedSemaphore(limits.senders)  # deliveries' threads that send
         self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
         self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
-    def deliver(self, owed: Sequence[Owed]) -> Receipt:
-        """Return the receipt of a delivery that owes `owed`, perhaps settled; raise Refusal if it is too much."""
+    def deliver(self, owed: Sequence[Owed], size: int) -> Receipt:
+        """Return the receipt of a delivery of `size` bytes that owes `owed`; raise Refusal if it is too much."""
         receipt, now = Receipt(), self.deadlines.clock()
         sendings = {each.key: Sending(each, now) for each in owed}
         with self.lock:
-            fresh = self.enter(sendings, receipt)
+            fresh = self.enter(sendings, size, receipt)
         if len(fresh) == 1 and self.senders.acquire(blocking=False):
             try:
                 self.send_line(fresh.pop(), receipt)
@@ -848,15 +860,16 @@ class Outbox:
             self.hand_over(self.send_line, recipient)
         return receipt
 
-    def enter(self, sendings: Dict[bytes, Sending], receipt: Receipt) -> List[str]:
+    def enter(self, sendings: Dict[bytes, Sending], size: int, receipt: Receipt) -> List[str]:
         """Line up the replies that are new, and join all that are under way; return whose lines are new."""
         new = [sending for key, sending in sendings.items() if key not in self.pending and key not in self.settled]
-        size = sum([sending.size for sending in new])
-        if self.size + size > self.limits.pending:
+        full = len(self.pending) + len(new) > self.limits.pending or self.size + size > self.limits.pending_bytes
+        if new and full:
             raise Refusal(503, "Too many replies are pending: bring it again.")
-        self.size += size
         fresh = []
         for sending in new:
+            sending.size = size // len(new)
+            self.size += sending.size
             self.pending[sending.owed.key] = sending
             line = self.lines.setdefault(sending.owed.recipient, collections.deque())
             if not line:
@@ -890,21 +903,22 @@ class Outbox:
 
     def send_reply(self, sending: Sending) -> bool:
         """Send what is left of a reply, and end it; return False if it has to wait instead."""
-        now = self.deadlines.clock()
+        now, status = self.deadlines.clock(), 200
         sending.give_up = sending.give_up or now + self.limits.retry
-        settled = False
         try:
             if now < sending.give_up:
+                sending.ask(self.reply)
                 self.send_pieces(sending)
-                settled = True
             else:
+                status = 503
                 log.error("gave up the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
         except Passing as failure:
             self.postpone(sending, failure)
             return False
         except Exception:
+            status = 500
             log.exception("a bug ended the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
-        self.end(sending, settled)
+        self.end(sending, status)
         return True
 
     def send_pieces(self, sending: Sending) -> None:
@@ -913,7 +927,8 @@ class Outbox:
             while sending.left:
                 self.send(sending.owed.recipient, sending.left[0])
                 sending.left.popleft()
-            self.report(sending, self.deadlines.clock() - sending.since)
+            if sending.text:
+                self.report(sending, self.deadlines.clock() - sending.since)
         except ForGood as refusal:
             log.error("Graph refused the reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, refusal)
         self.failing = None
@@ -934,29 +949,30 @@ class Outbox:
         """Return since when Graph fails without a break, or None; ten minutes without a call are a break."""
         return self.failing[0] if self.failing and now - self.failing[1] < self.limits.outage else None
 
-    def end(self, sending: Sending, settled: bool) -> None:
-        """Tell all deliveries that wait for the reply; remember it if it is settled, else forget it."""
+    def end(self, sending: Sending, status: int) -> None:
+        """Tell all deliveries that wait for the reply; remember it if it is settled, status 200, else forget it."""
         with self.lock:
             del self.pending[sending.owed.key]
             self.size -= sending.size
-            if settled:
+            if status == 200:
                 self.settled[sending.owed.key] = None
                 if len(self.settled) > self.limits.remembered:
                     self.settled.popitem(last=False)
             for receipt in sending.receipts:
                 receipt.waiting -= 1
-                receipt.failed = receipt.failed or not settled
-                if receipt.done and (receipt.failed or not receipt.waiting):
+                receipt.status = max(receipt.status, status)
+                if receipt.done and (receipt.status > 200 or not receipt.waiting):
                     receipt.done.set()
 
-    def settle(self, receipt: Receipt, seconds: float) -> bool:
-        """Return whether what a delivery owes is settled, and not given up; raise Late if it is neither in time."""
+    def settle(self, receipt: Receipt, seconds: float) -> int:
+        """Return the status of a delivery: 200 when all that it owes is settled, 503 when a reply was given up, 500
+        when one has a bug; raise Late if that is not known in time."""
         with self.lock:
-            if receipt.waiting and not receipt.failed:
+            if receipt.waiting and receipt.status == 200:
                 receipt.done = threading.Event()
         if receipt.done and not receipt.done.wait(seconds):
             raise Late
-        return not receipt.failed
+        return receipt.status
 
 
 # ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
@@ -980,6 +996,7 @@ class Answer(NamedTuple):
     allow: str = ""   # the methods, where the request's was wrong
 
 
+BUG = Answer(500, "Something is wrong here.")
 Respond = Callable[[Request], Answer]
 TLS_HELLO = b"\x16"  # which begins no request
 
@@ -1196,7 +1213,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             raise
         except Exception:
             log.exception("a bug in %s %s", request.method, request.path)
-            return Answer(500, "Something is wrong here.")
+            return BUG
 
     def dispatch(self, request: Request) -> Answer:
         """Return the answer that the request's path and method have."""
@@ -1234,8 +1251,8 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 class Bot(WebServer):
     """The webhook: verifies, and owes Messenger a reply for each message."""
 
-    def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float],
-                 proxies: Proxies) -> None:
+    def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float], proxies: Proxies,
+                 reply: Reply) -> None:
         webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
         routes = {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
         super().__init__(settings.host, settings.port, routes, limits, clock)
@@ -1243,7 +1260,7 @@ class Bot(WebServer):
         self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
         graph = Graph(settings, self.client)
         send, report = (graph.send_message, log_reply) if settings.token else (say_nothing, log_dry)
-        self.outbox = Outbox(send, report, limits, self.deadlines)
+        self.outbox = Outbox(reply, send, report, limits, self.deadlines)
 
     def handle_verification(self, request: Request) -> Answer:
         """Answer the webhook's set-up page with its challenge."""
@@ -1261,24 +1278,19 @@ class Bot(WebServer):
         if not isinstance(payload, dict):
             text = "the body is not a JSON object in UTF-8"
             raise Refusal(400, text, "delivery refused: " + text)
-        owed, bugs = self.replies_owed(payload)
-        receipt = self.outbox.deliver(owed)
-        if not self.outbox.settle(receipt, self.limits.answer + 1):  # a second later: the watch has answered by then
-            return self.late_answer()
-        return Answer(500, "Something is wrong here.") if bugs else Answer(200, "ok")
+        receipt = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
+        status = self.outbox.settle(receipt, self.limits.answer + 1)  # a second later: the watch has answered by then
+        return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
 
-    def replies_owed(self, payload: Dict[str, Any]) -> Tuple[List[Owed], int]:
-        """Return the replies owed to a delivery, and in how many events `reply` has a bug; each is logged."""
-        owed, bugs = [], 0
+    def replies_owed(self, payload: Dict[str, Any]) -> Iterator[Owed]:
+        """Yield the replies owed to a delivery; log what is malformed in it."""
         for page, event in messaging_events(payload):
             try:
-                owed.append(owed_to(page, event))
+                owed = owed_to(page, event)
+                if owed:
+                    yield owed
             except Malformed as error:
                 log.warning("skipped an event: %s", error)
-            except Exception:
-                log.exception("a bug in the reply to an event")
-                bugs += 1
-        return [each for each in owed if each], bugs
 
     def late_answer(self) -> Answer:
         """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""
@@ -1302,13 +1314,13 @@ class Bot(WebServer):
 
 def log_reply(sending: Sending, seconds: float) -> None:
     """Log that a reply is accepted: whose, not what."""
-    owed = sending.owed
-    log.info("replied to %s: mid %s, %d characters, %d ms", owed.recipient, owed.mid, len(owed.text), seconds * 1000)
+    log.info("replied to %s: mid %s, %d characters, %d ms",
+             sending.owed.recipient, sending.owed.mid, len(sending.text or ""), seconds * 1000)
 
 
 def log_dry(sending: Sending, seconds: float) -> None:
     """Log the reply that would be sent."""
-    log.info("dry run, would reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, sending.owed.text)
+    log.info("dry run, would reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, sending.text)
 
 
 def say_nothing(recipient: str, text: str) -> None:
@@ -1316,9 +1328,9 @@ def say_nothing(recipient: str, text: str) -> None:
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
-                proxies: Proxies = None) -> Bot:
+                proxies: Proxies = None, reply: Reply = reply) -> Bot:
     """Return the bot, bound and not started; raise OSError where it cannot listen."""
-    return Bot(settings, limits, clock, proxies)
+    return Bot(settings, limits, clock, proxies, reply)
 
 
 # ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
