@@ -4,6 +4,7 @@ import contextlib
 import copy
 import email.utils
 import errno
+import functools
 import hashlib
 import hmac
 import http.client
@@ -36,8 +37,10 @@ from typing import NamedTuple
 
 import echobot
 
-WAIT = 10  # s: a bound on waits that end at once unless something is broken
+SORRY = "I can't echo this"
+WAIT = 30  # s: a bound on waits that end at once unless something is broken
 SECRET, TOKEN = "app-secret", "page-token"
+FOLDER = tempfile.TemporaryDirectory()
 PYTHON = sys.executable, "-S"  # without what is installed on this machine
 
 
@@ -154,6 +157,35 @@ def sign(body, secret=SECRET):
     return {"X-Hub-Signature-256": "sha256=" + hmac.new(secret.encode(), body, hashlib.sha256).hexdigest()}
 
 
+def echo(message):
+    """The bot of the tests.  What `echobot.reply` says is for `Words` to test, and for you to change."""
+    return message["text"] or SORRY
+
+
+@functools.lru_cache(maxsize=None)
+def program(body="return message['text'] or %r" % SORRY):
+    """Return the path of a copy of the program, alone in its folder, whose `reply` has this body."""
+    with open(echobot.__file__, encoding="utf-8") as file:
+        text, count = re.subn(r"(?ms)^def reply\(.*?(?=^\S)", "def reply(message):\n    %s\n\n\n" % body, file.read())
+    assert count == 1
+    path = os.path.join(tempfile.mkdtemp(dir=FOLDER.name), "echobot.py")
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+    return path
+
+
+def tearDownModule():
+    FOLDER.cleanup()
+
+
+class Words(unittest.TestCase):
+    """What the bot says: change it with `echobot.reply`.  No other test depends on it."""
+
+    def test_a_text_is_said_back_and_anything_else_is_answered_with_an_excuse(self):
+        self.assertEqual(echobot.reply({"mid": "m_1", "text": "hello"}), "hello")
+        self.assertEqual(echobot.reply({"mid": "m_1", "text": "", "attachments": [{"type": "image"}]}), SORRY)
+
+
 class BotTest(unittest.TestCase):
     """Starts bots and stand-ins for Graph, and closes them."""
 
@@ -164,13 +196,12 @@ class BotTest(unittest.TestCase):
         self.addCleanup(graph.shutdown)
         return graph
 
-    def start_bot(self, graph=None, limits=None, clock=None, **settings):
+    def start_bot(self, graph=None, limits=None, clock=time.monotonic, reply=echo, **settings):
         """Return a bot that serves: on a dry run without `graph`, else with a token and a secret."""
         if graph:
             settings = dict({"token": TOKEN, "secret": SECRET, "graph_url": graph.url}, **settings)
         settings = echobot.Settings(host="127.0.0.1", port=0)._replace(**settings)
-        more = {"clock": clock} if clock else {}
-        bot = echobot.make_server(settings, echobot.Limits()._replace(**limits or {}), proxies={}, **more)
+        bot = echobot.make_server(settings, echobot.Limits()._replace(**limits or {}), clock, {}, reply)
         bot.thread = threading.Thread(target=bot.serve_forever, args=(0.01,), daemon=True)
         bot.thread.start()
         self.addCleanup(self.stop, bot)
@@ -216,16 +247,8 @@ class MadeYours(BotTest):
 
     def start_yours(self, body):
         """Return the address of a dry run whose `reply` has this body."""
-        with open(echobot.__file__, encoding="utf-8") as file:
-            text = file.read()
-        usual = '    return message.get("text") or "I can\'t echo this"\n'
-        self.assertEqual(text.count(usual), 1)
-        folder = tempfile.mkdtemp()
-        self.addCleanup(shutil.rmtree, folder)
-        path = os.path.join(folder, "yours.py")
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(text.replace(usual, "    %s\n" % body))
-        process = subprocess.Popen([*PYTHON, path, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE)
+        process = subprocess.Popen([*PYTHON, program(body), "--host", "127.0.0.1", "--port", "0"],
+                                   stderr=subprocess.PIPE)
         self.addCleanup(process.stderr.close)
         self.addCleanup(process.wait)
         self.addCleanup(process.terminate)
@@ -257,7 +280,6 @@ class Delivery(BotTest):
 
 
 VERIFY = "my_voice_is_my_password_verify_me"
-SORRY = "I can't echo this"
 WRONG_TOKEN = 403, "Error, wrong validation token"
 
 
@@ -1837,7 +1859,7 @@ class Process:
     def __init__(self, test, **environ):
         inherited = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
         self.popen = subprocess.Popen(
-            [*PYTHON, "-I", echobot.__file__, "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE,
+            [*PYTHON, "-I", program(), "--host", "127.0.0.1", "--port", "0"], stderr=subprocess.PIPE,
             env=dict(inherited, PAGE_ACCESS_TOKEN=TOKEN, APP_SECRET=SECRET, LOG_LEVEL="INFO", **environ))
         self.lines = queue.Queue()
         self.reader = threading.Thread(target=self.read, daemon=True)
@@ -1967,12 +1989,9 @@ class Processes(PromiseTest):
                          ("graph.invalid:443", "Basic dXNlcjpwYXNzIHdvcmQ="))
 
 
-PROGRAM = [*PYTHON, echobot.__file__]
-
-
 def run(*arguments, typed=b"", stderr=subprocess.PIPE, **environ):
     """Run the program as a user does; return its exit status, its standard output and its standard error."""
-    done = subprocess.run(PROGRAM + list(arguments), input=typed if isinstance(typed, bytes) else typed.encode(),
+    done = subprocess.run([*PYTHON, program(), *arguments], input=typed if isinstance(typed, bytes) else typed.encode(),
                           env=dict(os.environ, PYTHONIOENCODING="utf-8", **environ), timeout=30,
                           stdout=subprocess.PIPE, stderr=stderr)
     texts = (text.decode().replace("\r\n", "\n") for text in (done.stdout, done.stderr or b""))
@@ -2079,7 +2098,7 @@ class TalkOnATerminal(unittest.TestCase):
     def test_it_prompts_and_answers_until_control_d(self):
         terminal, inner = os.openpty()
         self.addCleanup(os.close, terminal)
-        process = subprocess.Popen(PROGRAM + ["chat"], stdin=inner, stdout=inner, stderr=inner)
+        process = subprocess.Popen([*PYTHON, program(), "chat"], stdin=inner, stdout=inner, stderr=inner)
         self.addCleanup(process.wait)
         self.addCleanup(process.kill)
         os.close(inner)
