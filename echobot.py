@@ -1,18 +1,6 @@
 #!/usr/bin/env python3
 """A Facebook Messenger bot that says back what it is told: one file, the standard library, nothing else.
 
-The life of a message:
-
- 1. Messenger POSTs a delivery to the webhook.  A thread of its own reads it (`read_request`), within bounds.
- 2. `handle_messages` checks its signature, and only then parses it.
- 3. `messaging_events` finds what each event in it owes: `reply`, the one function to make your own, says what.
- 4. The `Outbox` sends each reply once, in each person's order, until Graph has accepted or refused it.
- 5. Then the delivery is answered 200.  What takes longer than 4 s is answered 503, and goes on in the background:
-    Messenger brings the delivery again, and finds its replies under way or sent.
-
-So a 200 means done.  A reply is sent at least once, and twice only where Graph took it without saying so, or where
-the delivery was brought again to another process.
-
     python echobot.py                 serve the webhook
     python echobot.py chat            talk to the bot on this machine; no account, no network
     python echobot.py check [URL]     find out why a live bot does not answer
@@ -22,12 +10,25 @@ The settings are environment variables:
     PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
     APP_SECRET          the app's secret, which signs deliveries; a token needs it
     ALLOW_UNSIGNED      1 takes deliveries from anybody: for trying only
-    VERIFY_TOKEN        what the webhook's set-up page must send: my_voice_is_my_password_verify_me
-    HOST, PORT          where to listen: 0.0.0.0 and 5000
-    GRAPH_URL           the Graph API and its version: https://graph.facebook.com/v26.0
-    LOG_LEVEL           DEBUG, INFO, WARNING, ERROR or CRITICAL; the log goes to standard error
+    VERIFY_TOKEN        what the webhook's set-up page must send; default my_voice_is_my_password_verify_me
+    HOST, PORT          where to listen; default 0.0.0.0 and 5000
+    GRAPH_URL           the Graph API and its version; default https://graph.facebook.com/v26.0
+    LOG_LEVEL           DEBUG, INFO (the default), WARNING, ERROR or CRITICAL; the log goes to standard error
+
+The life of a message:
+
+ 1. Messenger POSTs a delivery to the webhook.  A thread of its own reads it (`read_request`), within bounds.
+ 2. `handle_messages` checks its signature, and only then parses it.
+ 3. `messaging_events` finds the events in it, and `owed_to` which of them are owed a reply.
+ 4. The `Outbox` asks `reply`, the one function to make your own, what to say, and sends that once, in each person's
+    order, until Graph has accepted or refused it.
+ 5. Then the delivery is answered 200.  What takes longer than 4 s is answered 503, and goes on in the background:
+    Messenger brings the delivery again, and finds its replies under way or sent.
+
+So a 200 means done.  A reply is sent at least once, and twice only where Graph took it without saying so, or where
+the delivery was brought again to another process.
 """
-from __future__ import annotations
+from __future__ import annotations  # needs Python 3.7 or newer
 
 import argparse
 import base64
@@ -84,7 +85,7 @@ JSON_DEPTH = 100             # levels; Messenger sends about ten, and the parser
 LINE_BYTES = 8 * 1024        # of a request line or one header field, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its routers send about one KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
-PIECE_BYTES = 64 * 1024      # reserved at a time for a body, however much is announced
+PIECE_BYTES = 64 * 1024      # read at a time of a body, however much is announced
 STACK_BYTES = 384 * 1024     # of a thread: a host with 64 MiB has room for a hundred, and of the usual 8 MiB for four
 RECURSION = 160              # calls: the bot makes 60, and what recurses for ever must end before such a stack does
 SWITCH = 0.02                # s that a thread may hold the interpreter: each lets go by itself when it reads or writes,
@@ -94,6 +95,7 @@ SPARE_BYTES = 26 * 1024**2   # left to the interpreter
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
+OWN_PAGES = -3, 64 * 1024    # M_MMAP_THRESHOLD: what is larger is given back when it is free, wherever it lies
 TICK = 0.02                  # s between two looks at the deadlines
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
@@ -179,7 +181,7 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
     """Yield a line for each thing that is wrong: what, and how to mend it."""
     for name, secret in ("PAGE_ACCESS_TOKEN", settings.token), ("APP_SECRET", settings.secret):
         if not re.fullmatch("[!-~]*", secret):
-            yield name + " has a space in it, or a character that no such value has: copy it again, and nothing else"
+            yield name + " has a space or another character in it that it cannot have: copy it again, by itself"
     if settings.token and not settings.secret and allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
@@ -187,6 +189,8 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
         yield "ALLOW_UNSIGNED must be 1 or 0: set it to 1 to take deliveries from anybody, or remove it"
     if settings.port < 0:
         yield "PORT (or --port) must be a whole number from 0 to 65535: set it to the port to listen on, such as 5000"
+    if not re.fullmatch(r"[^\s/\[\]]+", settings.host) or settings.host.count(":") == 1:
+        yield "HOST (or --host) must be a name or an address and nothing else: set it to one such as 127.0.0.1 or ::1"
     if not valid_url(settings.graph_url):
         yield "GRAPH_URL must be a plain http or https URL: remove it, or set it to one like " + Settings().graph_url
     if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
@@ -212,7 +216,7 @@ class Refusal(Exception):
     """What is wrong with a request, as the answer to it: `status`, a line of `text`, and `why` for the log."""
 
     def __init__(self, status: int, text: str, why: str = "") -> None:
-        super().__init__(status, text)
+        super().__init__(text)
         self.status, self.text, self.why = status, text, why or text
 
 
@@ -240,9 +244,9 @@ def signature(secret: str, body: bytes) -> str:
 
 def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
     """Raise Refusal, with what is wrong, unless `given` is the signature of `body`."""
-    if given and hmac.compare_digest(given.lower().encode("latin-1"), signature(secret, body).encode()):
-        return
     formed = re.fullmatch("sha256=[0-9a-fA-F]{64}", given or "")
+    if given and formed and hmac.compare_digest(given.lower(), signature(secret, body)):
+        return
     trouble = "is missing" if given is None else "does not match: check APP_SECRET" if formed else "is malformed"
     raise Refusal(403, "The delivery is not signed with the app's secret.",
                   "delivery refused: X-Hub-Signature-256 " + trouble)
@@ -266,7 +270,12 @@ def depth(text: str) -> int:
     return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no such thing
+def number(digits: str) -> float:
+    """Return the number that `digits` write; as an int only up to 100 of them, for more cost time by their square."""
+    return int(digits) if len(digits) <= 100 else float(digits)
+
+
+STRICT_JSON = json.JSONDecoder(parse_int=number, parse_constant=int)  # int("NaN") is a ValueError: JSON has none
 
 
 class Malformed(Exception):
@@ -347,17 +356,17 @@ def pieces(text: str) -> List[str]:
     return result + [text[start:]]
 
 
-def furthest(text: str, start: int) -> int:
-    """Return the end of the longest piece from `start` that Graph takes."""
-    if len(text) - start <= TEXT_UNITS // 2:  # no character has more than two units
+def furthest(text: str, start: int, units: int = TEXT_UNITS) -> int:
+    """Return the end of the longest piece from `start` that has no more than so many UTF-16 code units."""
+    if len(text) - start <= units // 2:  # no character has more than two
         return len(text)
-    units = itertools.accumulate(2 if c > "\uffff" else 1 for c in text[start:start + TEXT_UNITS])
-    return start + bisect.bisect_right(list(units), TEXT_UNITS)
+    lengths = itertools.accumulate(2 if c > "\uffff" else 1 for c in text[start:start + units])
+    return start + bisect.bisect_right(list(lengths), units)
 
 
 def best_cut(text: str, start: int, end: int) -> int:
     """Return where a piece ends: after white space in its second half, else between characters, else at `end`."""
-    after_space = (at for at in range(end, (start + end) // 2, -1) if text[at - 1].isspace())
+    after_space = (at for at in range(end, furthest(text, start, TEXT_UNITS // 2), -1) if text[at - 1].isspace())
     anywhere = range(end, start, -1)
     return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, start, at)), end)
 
@@ -391,7 +400,7 @@ REQUEST_LINE = re.compile(r"(?:\r?\n)?(%s) ([!-~\x80-\xff]+) HTTP/([0-9])\.([0-9
 STATUS_LINE = re.compile(r"HTTP/1\.[0-9] ([1-9][0-9][0-9])( .*)?\r?\n")
 FIELD = re.compile(r"^(%s):([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
-HOST = re.compile(r"([A-Za-z0-9._~!$&'()*+,;=%-]*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
+HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
@@ -463,10 +472,10 @@ def read_body(file: io.BufferedReader, length: int) -> bytes:
 def read_chunks(file: io.BufferedReader) -> bytes:
     """Return a chunked body, and read the trailer fields, which say nothing that is needed here.
 
-    The lines between the chunks are bounded too: a body of chunks of a byte each would cost seconds.
+    The lines between the chunks are bounded too, in all as the body is.
     """
     parts: List[bytes] = []
-    room, lines = BODY_BYTES, PIECE_BYTES
+    room = lines = BODY_BYTES
     while True:
         line = file.readline(LINE_BYTES)
         match = CHUNK_LINE.fullmatch(line)
@@ -535,12 +544,22 @@ class Response(NamedTuple):
     body: bytes
 
 
+class Source(socket.SocketIO):
+    """What comes from a socket; withheld, it lets a reader show what it has read ahead, and wait for nothing."""
+
+    withheld = False
+
+    def readinto(self, buffer: Any) -> Optional[int]:
+        """Return how many bytes have been put into `buffer`, None where they are withheld."""
+        return None if self.withheld else super().readinto(buffer)
+
+
 class Link:
     """A connection to an HTTP server, and what has been read ahead from it."""
 
     def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.since = sock, 0.0  # when it was last used
-        self.file: io.BufferedReader = sock.makefile("rb", LINE_BYTES)  # type: ignore[assignment]
+        self.sock, self.since, self.source = sock, 0.0, Source(sock, "rb")  # 0.0: when it was last used
+        self.file: io.BufferedReader = io.BufferedReader(self.source, LINE_BYTES)  # type: ignore[assignment]
 
     def exchange(self, request: bytes) -> Response:
         """Return the server's answer; raise ConnectionError if it closed instead, Refusal if it is not HTTP."""
@@ -558,6 +577,14 @@ class Link:
         if length is None:
             return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
         return Response(status, fields, read_body(self.file, length))
+
+    def surplus(self) -> bytes:
+        """Return what has been read beyond the answer: nobody asked for it, and the next call would take it for its."""
+        self.source.withheld = True
+        try:
+            return self.file.peek()
+        finally:
+            self.source.withheld = False
 
     def spent(self) -> bool:
         """Return whether the server has closed the connection, or has said something unasked, while it was idle."""
@@ -596,7 +623,7 @@ class Client:
         self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
         self.context = ssl.create_default_context() if parts.scheme == "https" else None
         self.proxy, self.proxy_fields = proxy_for(parts.scheme, parts.netloc, proxies)
-        self.common = "Host: %s\r\nUser-Agent: echobot/%s\r\n" % (self.host, __version__)
+        self.common = "Host: %s\r\nUser-Agent: echobot/%s\r\nAccept-Encoding: identity\r\n" % (self.host, __version__)
         if self.proxy and not self.context:
             self.base = "http://%s%s" % (self.host, self.base)
             self.common += lines_of(self.proxy_fields)
@@ -644,7 +671,7 @@ class Client:
         try:
             response = link.exchange(request)
             self.deadlines.meet(ticket)
-            keep = "close" not in response.fields.get("connection", "").lower()
+            keep = not link.surplus() and "close" not in response.fields.get("connection", "").lower()
             return response
         except (OSError, Refusal):
             self.deadlines.meet(ticket)
@@ -789,8 +816,7 @@ class Graph:
 
 def describe(error: Exception) -> str:
     """Return in a few words what went wrong with a connection, without a URL, which would hold the token."""
-    text = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return "no answer from Graph (%s)" % (text if isinstance(error, OSError) else type(error).__name__)
+    return "no answer from Graph (%s)" % (getattr(error, "strerror", None) or str(error) or "time-out")
 
 
 # ---- The outbox: each reply once, each person's in order -----------------------------------------------------------
@@ -828,9 +854,9 @@ class Sending:
 class Outbox:
     """Sends each reply until it is settled, accepted by Graph or refused for good, or given up.
 
-    One person's replies form a line, and a line is sent by one thread at a time: by the delivery's own, where it is the
-    only new one, which saves the hand-over; else by one of the crew.  A line whose first reply has failed for now waits
-    in `deadlines`, without a thread.
+    One person's replies form a line, and a line is sent by one thread at a time: one of a delivery's new lines by the
+    delivery's own, which saves the hand-over, the others by the crew.  A line whose first reply has failed for now
+    waits in `deadlines`, without a thread.
     """
 
     def __init__(self, reply: Reply, send: Callable[[str, str], None], report: Callable[[Sending, float], None],
@@ -848,16 +874,19 @@ class Outbox:
     def deliver(self, owed: Sequence[Owed], size: int) -> Receipt:
         """Return the receipt of a delivery of `size` bytes that owes `owed`; raise Refusal if it is too much."""
         receipt, now = Receipt(), self.deadlines.clock()
-        sendings = {each.key: Sending(each, now) for each in owed}
+        sendings: Dict[bytes, Sending] = {}
+        for each in owed:
+            sendings.setdefault(each.key, Sending(each, now))
         with self.lock:
             fresh = self.enter(sendings, size, receipt)
-        if len(fresh) == 1 and self.senders.acquire(blocking=False):
-            try:
-                self.send_line(fresh.pop(), receipt)
-            finally:
-                self.senders.release()
+        own = fresh.pop() if fresh and self.senders.acquire(blocking=False) else None
         for recipient in fresh:
             self.hand_over(self.send_line, recipient)
+        if own:
+            try:
+                self.send_line(own, receipt)
+            finally:
+                self.senders.release()
         return receipt
 
     def enter(self, sendings: Dict[bytes, Sending], size: int, receipt: Receipt) -> List[str]:
@@ -996,6 +1025,7 @@ class Answer(NamedTuple):
     allow: str = ""   # the methods, where the request's was wrong
 
 
+NO_MEMORY = Refusal(503, "There is no memory left for this: bring it again.")
 BUG = Answer(500, "Something is wrong here.")
 Respond = Callable[[Request], Answer]
 TLS_HELLO = b"\x16"  # which begins no request
@@ -1092,8 +1122,9 @@ class Connection(socketserver.StreamRequestHandler):
         try:
             request = read_request(self.rfile, self.invite)
         except Refusal as refusal:
-            self.refuse(refusal)
-            return False
+            return self.refuse(refusal)
+        except MemoryError:
+            return self.refuse(NO_MEMORY)
         self.next_step(self.limits.answer, self.late_answer)
         answer = self.server.answer(request)
         keep = request.keep and not self.server.closing
@@ -1101,14 +1132,16 @@ class Connection(socketserver.StreamRequestHandler):
         self.wfile.write(encode(answer, keep, request.method != "HEAD", int(time.time())))
         return keep
 
-    def refuse(self, refusal: Refusal) -> None:
-        """Answer what is no request, and let the client read it: to close on unread input resets the connection."""
+    def refuse(self, refusal: Refusal) -> bool:
+        """Answer what is no request, and return False.  To close on unread input would reset the connection, and the
+        client could not read why."""
         self.next_step(self.limits.linger, self.end)
-        log.info("refused a request of %s with %d: %s", self.client_address[0], refusal.status, refusal.why)
+        log.info("refused a request from %s with %d: %s", self.client_address[0], refusal.status, refusal.why)
         self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
         self.request.shutdown(socket.SHUT_WR)
         while self.rfile.read1(PIECE_BYTES):
             pass
+        return False
 
     def next_step(self, seconds: float, late: Callable[[], None]) -> None:
         """Go on to a step that has a deadline of its own; raise Late if the watch was quicker."""
@@ -1121,6 +1154,7 @@ class Connection(socketserver.StreamRequestHandler):
 
     def late_request(self) -> None:
         """Refuse a request that does not arrive; called by the watch."""
+        log.info("refused a request from %s with 408: it did not arrive whole", self.client_address[0])
         self.end(Answer(408, "The request did not arrive whole within %g s." % self.limits.request))
 
     def late_answer(self) -> None:
@@ -1211,6 +1245,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return Answer(refusal.status, refusal.text)
         except Late:
             raise
+        except MemoryError:
+            log.error("%s", NO_MEMORY.why)
+            return Answer(NO_MEMORY.status, NO_MEMORY.text)
         except Exception:
             log.exception("a bug in %s %s", request.method, request.path)
             return BUG
@@ -1219,9 +1256,11 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Return the answer that the request's path and method have."""
         methods = self.routes.get(request.path)
         if methods is None:
+            log.info("refused a request with 404: nothing is at %.100s", request.path)
             return Answer(404, "There is nothing here.")
         respond = methods.get("GET" if request.method == "HEAD" else request.method)
         if respond is None:
+            log.info("refused a request with 405: %.100s does nothing at %s", request.method, request.path)
             return Answer(405, "This method does nothing here.", ", ".join(methods).replace("GET", "GET, HEAD"))
         return respond(request)
 
@@ -1278,6 +1317,8 @@ class Bot(WebServer):
         if not isinstance(payload, dict):
             text = "the body is not a JSON object in UTF-8"
             raise Refusal(400, text, "delivery refused: " + text)
+        if payload.get("object") != "page":
+            log.info("acknowledged a delivery that is not about a page: nothing is owed to it")
         receipt = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
         status = self.outbox.settle(receipt, self.limits.answer + 1)  # a second later: the watch has answered by then
         return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
@@ -1297,6 +1338,7 @@ class Bot(WebServer):
         now = self.deadlines.clock()
         since = self.outbox.failing_since(now)
         if since is None or now - since < self.limits.outage:
+            log.info("answered a delivery 503, for Messenger to bring again: its replies are not settled yet")
             return Answer(503, "The replies are not settled yet: bring it again.")
         log.error("let a delivery go: Graph has failed for %d s", now - since)
         return Answer(200, "ok")
@@ -1350,7 +1392,7 @@ COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it 
     "/edit": ("an edit", {"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}),
     "/batch": ("three messages in one delivery", None),
     "/again": ("the last delivery once more", None),
-    "/unsigned": ("a delivery that is not signed", None),
+    "/unsigned": ("the last delivery once more, not signed", None),
     "/slow": ("Graph takes %g s for its next answer, and the bot waits %g s here instead of 4" % (
         SLOW, CHAT_LIMITS.answer), {}),
     "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
@@ -1499,7 +1541,7 @@ class Chat:
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, answer.decode()))
         elif self.said == said:
-            self.note("(the bot answered 200 ok, and no reply came of it: nothing more is owed)")
+            self.note("(the bot answered 200 ok, and no reply came of it: Messenger does not bring it again)")
 
     def say(self, text: str) -> None:
         """Print what the bot says."""
@@ -1540,16 +1582,17 @@ Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how 
 ENDED_TOKENS = {"458": "ended when the app was removed from the page", "460": "ended with a change of password",
                 "463": "has expired", "467": "was revoked"}
 ADVICE: Sequence[Tuple[Any, str]] = (
-    (ssl.SSLCertVerificationError, "the certificate is not trusted: renew it, with its chain, or check this host's "
-                                   "clock and SSL_CERT_FILE"),
-    (ssl.SSLError, "what is there does not speak TLS: check the address and the port"),
-    (socket.gaierror, "the name cannot be looked up: check the name, and the network of this host"),
-    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {:g} s: check the address, the "
-                                                        "network and the firewall"),
-    (ConnectionRefusedError, "nothing listens there: check the address and the port, and that the bot runs"),
-    (ConnectionError, "it closes the connection without an answer: check the address and the port"),
+    (ssl.SSLCertVerificationError, "the certificate is not trusted ({error.verify_message}): renew it, with its chain, "
+                                   "or check this host's clock and SSL_CERT_FILE"),
+    (ssl.SSLError, "what is there does not speak TLS: check {where}"),
+    (socket.gaierror, "the name cannot be looked up: check it, and the network of this host"),
+    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {seconds:g} s: check the network, "
+                                                        "the firewall, and {where}"),
+    (ConnectionRefusedError, "nothing listens there: check {where}"),
+    (ConnectionError, "it closes the connection without an answer: check {where}"),
+    (http.client.InvalidURL, "its port is not a number: check {where}"),
     (OSError, "it cannot be reached: check the network of this host"),
-    (Exception, "something else answers there: check the address and the port"),
+    (Exception, "something else answers there: check {where}"),
 )
 
 
@@ -1598,7 +1641,7 @@ def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     except ForGood as refusal:
         yield refused(what, refusal.error)
     except (Passing, concurrent.futures.TimeoutError) as error:
-        yield False, what, "no answer from Graph at %s: %s" % (client.host, advice(error, client))
+        yield False, what, "Graph at %s: %s" % (client.host, advice(error, client, "GRAPH_URL"))
     finally:
         client.close()
 
@@ -1634,7 +1677,7 @@ def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     try:
         yield from answers(settings, lambda *call: within(client.timeout, lambda: client.call(*call)))
     except (*NO_ANSWER, concurrent.futures.TimeoutError) as error:
-        yield False, "webhook", advice(error, client)
+        yield False, "webhook", advice(error, client, "the address and the port, and that the bot runs")
     finally:
         client.close()
 
@@ -1673,17 +1716,22 @@ def verification_trouble(response: Response, number: str) -> str:
         return "the bot there has another VERIFY_TOKEN: make the two the same"
     if response.status == 404:
         return "there is nothing at this path: the callback path is /webhook"
-    return "something else answers there, with status %d: check the address, and that the bot runs" % response.status
+    if response.status in (502, 503, 504):
+        return ("a proxy answers there with status %d, and the bot behind it does not: start the bot, or correct its "
+                "address in the proxy" % response.status)
+    return ("something else answers there, with status %d: check the address and its path, which is /webhook, and that "
+            "the bot runs" % response.status)
 
 
-def advice(error: BaseException, client: Client) -> str:
-    """Return why a server gives no answer, and what to do."""
+def advice(error: BaseException, client: Client, where: str) -> str:
+    """Return why a server gives no answer, and what to do: to check `where`, or the proxy."""
     cause = error.__cause__ or error
     if "Tunnel connection failed" in str(cause):
         return "the proxy %s refuses: check https_proxy and no_proxy" % client.proxy
     if isinstance(cause, Passing):  # an answer, and not Graph's
         return str(cause)
-    text = next(text for kind, text in ADVICE if isinstance(cause, kind)).format(client.timeout)
+    text = next(text for kind, text in ADVICE if isinstance(cause, kind))
+    text = text.format(error=cause, seconds=client.timeout, where="https_proxy and no_proxy" if client.proxy else where)
     return "by way of the proxy %s, %s" % (client.proxy, text) if client.proxy else text
 
 
@@ -1748,8 +1796,8 @@ def serve(environ: Mapping[str, str]) -> int:
         bot = make_server(settings, within_host(Limits()))
     except (OSError, UnicodeError) as error:
         trouble = getattr(error, "strerror", None) or "that is no name"
-        print("echobot: cannot listen on %s port %d: %s; set HOST and PORT to an address of this host that is free" % (
-            printable(settings.host), settings.port, trouble), file=sys.stderr)
+        print("echobot: cannot listen on %s port %d: %s; set HOST to an address of this host, and PORT to one that is "
+              "free and above 1023" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
     signals = catch_signals()
     announce(settings, bot.server_address)
@@ -1774,7 +1822,7 @@ def finish(bot: Bot) -> int:
     bot.shutdown()
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
-    log.info("stopping: finishing what is under way")
+    log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     bot.close()
     left = len(bot.outbox.pending)
     if left:
@@ -1857,7 +1905,8 @@ def tune_interpreter() -> None:
     sys.setswitchinterval(SWITCH)
     with contextlib.suppress(Exception):  # there is no glibc, or no ctypes
         import ctypes
-        ctypes.CDLL(None).mallopt(*ONE_HEAP)
+        for setting in ONE_HEAP, OWN_PAGES:
+            ctypes.CDLL(None).mallopt(*setting)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -504,10 +504,11 @@ class Events(RuleTest):
                 ("an unknown object", {"object": "instagram", "entry": entry}), ("no object", {"entry": entry}),
                 ("the documentation's", {"object": "page", "entry": [{"messaging": [{"message": "TEST_MESSAGE"}]}]}),
                 ("no entry", {"object": "page"}), ("nothing", {})]
-        results, _ = self.logged(self.echoes, [payload for _, payload in rows])
-        for (name, _), result in zip(rows, results):
+        for name, payload in rows:
             with self.subTest(name):
-                self.assertEqual(result, ((200, "ok"), []))
+                results, lines = self.logged(self.echoes, [payload])
+                self.assertEqual(results, [((200, "ok"), [])])
+                self.assertEqual("not about a page" in "".join(lines), payload.get("object") != "page")
 
     def test_a_broken_event_is_logged_and_skipped_and_does_not_cost_its_neighbours(self):
         events = "x", 5, [], None, {"message": "TEST_MESSAGE"}, message(text=5), message(text=["hi"])
@@ -565,6 +566,7 @@ class Json(RuleTest):
             ("flat, with many events", delivery(*reads, message("at last")), "at last"),
             ("brackets in a text", delivery(message('[{"\\' * 400)), '[{"\\' * 400),
             ("UTF-8", json.dumps(delivery(message("h\u00e9 \U0001f600")), ensure_ascii=False).encode(), text),
+            ("a long number", json.dumps(delivery(message("?"), {"x": 5})).replace("5}", "9" * 5000 + "}").encode(), "?"),
             ("escapes", json.dumps(delivery(message("?"))).replace("?", r"h\u00e9 \uD83d\ude00").encode(), text),
         ]:
             with self.subTest(name):
@@ -579,7 +581,8 @@ class Signature(RuleTest):
             right = sign(body)["X-Hub-Signature-256"]
             for name, value, wrong in [
                 ("none", None, "missing"), ("empty", "", "malformed"), ("no digest", "sha256=", "malformed"),
-                ("no prefix", right[7:], "malformed"), ("SHA-1 in its place", "sha1=" + "0" * 40, "malformed"),
+                ("no prefix", right[7:], "malformed"), ("another prefix", "SHA" + right[3:], "malformed"),
+                ("SHA-1 in its place", "sha1=" + "0" * 40, "malformed"),
                 ("too short", right[:-1], "malformed"), ("too long", right + "0", "malformed"),
                 ("no hex", "sha256=" + "g" * 64, "malformed"), ("non-ASCII", "sha256=" + "\xe9" * 64, "malformed"),
                 ("a guess", "sha256=" + "0" * 64, "APP_SECRET"),
@@ -651,6 +654,8 @@ class Pieces(unittest.TestCase):
             ("white space in the second half", "a" * 1500 + " " + "a" * 1000, [1501, 1000]),
             ("white space early in the second half", "a" * 1001 + " " + "a" * 1500, [1002, 1500]),
             ("white space in the first half only", "a" * 990 + " " + "a" * 2000, [2000, 991]),
+            ("white space in the second half, by units", "\U0001f600" * 600 + " " + "a" * 3000, [601, 2000, 1000]),
+            ("white space in the first half, by units", "a" * 700 + " " + "\U0001f600" * 1500, [1350, 851]),
             ("white space twice", "a" * 1200 + " " + "a" * 300 + "\n" + "a" * 1000, [1502, 1000]),
             ("white space of several characters", "a" * 1500 + " \n\u3000" + "a" * 1000, [1503, 1000]),
             ("white space at the end", "a" * 1999 + " a", [2000, 1]), ("after it", "a" * 2000 + " a", [2000, 2]),
@@ -686,7 +691,9 @@ WRONG = [  # a variable, a value that is wrong, and the part of it that must not
     ("PAGE_ACCESS_TOKEN", "EAAG two-words", "two-words"), ("PAGE_ACCESS_TOKEN", "EAAG\x07bell", "bell"),
     ("PAGE_ACCESS_TOKEN", "EAAGpässword", "ssword"), ("APP_SECRET", "5ecr3t two-words", "5ecr3t"),
     ("ALLOW_UNSIGNED", "yes-please", "please"), ("PORT", "http", "http "), ("PORT", "65536", "65536"),
-    ("PORT", "-1", "-1"), ("PORT", "80.5", "80.5"), ("PORT", "\u0665", "\u0665"), ("LOG_LEVEL", "loudest", "loudest"),
+    ("PORT", "-1", "-1"), ("PORT", "80.5", "80.5"), ("PORT", "\u0665", "\u0665"),
+    ("HOST", "http://bot.example", "bot.ex"), ("HOST", "bot.example:80", "bot.ex"), ("HOST", "[::1]", "::1]"),
+    ("LOG_LEVEL", "loudest", "loudest"),
     ("GRAPH_URL", "https://", None), ("GRAPH_URL", "graph.example", "graph.example"),
     ("GRAPH_URL", "ftp://graph.example/", "graph.example"), ("GRAPH_URL", "https://graph.example:p0rt", "p0rt"),
     ("GRAPH_URL", "https://us3r:pa55@graph.example", "pa55"), ("GRAPH_URL", "https://graph.example/?t=pa55", "pa55"),
@@ -983,7 +990,7 @@ class WireRefusals(WireTest):
     def test_a_body_of_one_mib_is_taken_and_of_more_is_refused_so_that_a_client_that_goes_on_sending_reads_why(self):
         bot = self.start()
         for size, expected in (MIB, [200, 200]), (MIB + 1, [413]), (3 * MIB, [413]):
-            for chunk in None, 9000, size:
+            for chunk in None, 64, 9000, size:
                 with self.subTest(size=size, chunk=chunk):
                     body = b"{}".ljust(size)
                     request = framed(CHUNKED, body=chunked(body, chunk)) if chunk else sized(body)
@@ -995,8 +1002,9 @@ class WireRefusals(WireTest):
                                      (405, {"GET", "HEAD", "POST"}, "PUT /, DELETE /webhook, get /"),
                                      (405, {"GET", "HEAD"}, "POST /healthz")):
             for line in lines.split(", "):
-                with self.subTest(line):
+                with self.subTest(line), self.assertLogs("echobot") as seen:
                     answer, last = self.answers(bot, ask(line + " HTTP/1.1", HOST, "Content-Length: 0") + LAST)
+                    self.assertRegex("".join(seen.output), "%d: .*%s" % (status, re.escape(line.split()[1])))
                     methods = answer.fields.get("Allow")
                     self.assertEqual((answer.status, methods and set(methods.split(", "))), (status, allow))
 
@@ -1271,6 +1279,16 @@ class WireHarm(WireTest):
             self.assertNotIn("page-token", line + wire.decode())
             self.assertEqual([part for part in line.split("\n") if not part.isprintable()], [])
 
+    def test_a_request_for_which_there_is_no_memory_is_answered_503(self):
+        def handle(request):
+            raise MemoryError
+
+        bot = self.start()
+        bot.routes["/"] = dict(bot.routes["/"], POST=handle)
+        with self.assertLogs("echobot") as seen:
+            self.assertEqual(self.statuses(bot, sized(b"{}") + LAST), [503, 200])
+        self.assertEqual([record.exc_info for record in seen.records], [None])
+
     def test_what_comes_from_outside_stays_within_its_line_of_the_log(self):
         bot, evil = self.start(), "a\r\n\x1b[31m\x00\x7f\x85\u2028\u202e\ud800z"
         with self.assertLogs("echobot", "INFO") as seen:
@@ -1355,9 +1373,10 @@ class WiredGraph(Graph):
 
 
 class PromiseTest(BotTest):
-    def start_frozen_bot(self, graph, limits=None):
+    def start_frozen_bot(self, graph, limits=None, **more):
         """Return a bot whose time passes in `elapse` only.  It gives no reply up, and is closed at once."""
-        return self.start_bot(graph, dict({"graph": 10 ** 6, "retry": 10 ** 6, "drain": 0}, **limits or {}), Clock())
+        return self.start_bot(graph, dict({"graph": 10 ** 6, "retry": 10 ** 6, "drain": 0}, **limits or {}), Clock(),
+                              **more)
 
     def elapse(self, bot, seconds):
         """Let time pass, and have the watch look at once."""
@@ -1529,7 +1548,7 @@ class Pauses(PromiseTest):
 
     def test_each_pause_is_about_twice_the_last_up_to_8_s(self):
         bot, times = self.failing_bot(error(2, 500))
-        with self.assertLogs("echobot", "WARNING") as logs:
+        with self.assertLogs("echobot", "WARNING") as logs:  # a line for each failure
             answers = self.deliver_in_background(bot, delivery(message()))
             for tries, pause in enumerate((0.5, 1, 2, 4, 8, 8, 8), 1):
                 self.until(lambda: len(logs.records) == tries)
@@ -1583,14 +1602,12 @@ class Pauses(PromiseTest):
 
         def status(number):
             """Return the status that a new delivery is answered at the deadline, and whether an error is logged."""
-            graph.texts()
             with self.assertLogs("echobot") as logs:
                 event = message(mid="m_%d" % number, sender="p%d" % number)
                 answers = self.deliver_in_background(bot, delivery(event))
-                self.until(graph.calls.qsize)
+                self.until(lambda: logs.records)  # of the failure
                 self.elapse(bot, 4)
                 answer = answers.get(timeout=WAIT)
-                self.until(lambda: logs.records)
             return answer, "ERROR" in [record.levelname for record in logs.records]
 
         graph.answer = lambda call: error(2, 500)
@@ -1607,7 +1624,6 @@ class Pauses(PromiseTest):
         self.assertEqual(self.deliver(bot, delivery(message())), (200, "ok"))
         graph.answer = lambda call: error(2, 500)
         self.assertEqual(status(1002), (503, False))
-
 
     def test_ten_minutes_without_a_call_are_no_failure(self):
         graph, hold = self.start_graph(lambda call: error(2, 500)), threading.Event()
@@ -1644,6 +1660,43 @@ class OnceOnly(PromiseTest):
         self.assertEqual([answers.get(timeout=WAIT) for answers in again], [200] * 3)
         self.stop(bot)
         self.assertEqual(graph.texts(), ["hello"])
+
+    def test_a_reply_that_takes_its_time_is_asked_for_once_and_joined(self):
+        def reply(message):
+            asked.put(message)
+            return go.wait(WAIT) and "hi"
+
+        asked, go = queue.Queue(), threading.Event()
+        bot = self.start_frozen_bot(self.start_graph(), reply=reply)
+        answers = self.deliver_in_background(bot, delivery(message()))
+        self.until(asked.qsize)
+        self.elapse(bot, 4)
+        self.assertEqual(answers.get(timeout=WAIT), 503)
+        again = self.deliver_in_background(bot, delivery(message()))
+        self.until(lambda: self.waiting(bot) == 2)
+        go.set()
+        self.assertEqual((again.get(timeout=WAIT), asked.qsize()), (200, 1))
+
+    def test_what_reply_does_wrong_gets_500_and_starts_afresh_and_nothing_to_say_is_said_once(self):
+        graph = self.start_graph()
+        for wrong, status in (5, 500), (b"bytes", 500), (["list"], 500), (None, 200), ("", 200):
+            with self.subTest(wrong):
+                said = [wrong, "never" if status == 200 else "mended"]
+                bot = self.start_bot(graph, reply=lambda message: said.pop(0))
+                with self.assertLogs("echobot") as logs:
+                    echobot.log.info("assertLogs wants a line")
+                    self.assertEqual(self.deliver(bot, delivery(message()))[0], status)
+                self.assertEqual(len(logs.records), 1 if status == 200 else 2)
+                self.assertEqual(self.deliver(bot, delivery(message()))[0], 200)
+                self.stop(bot)
+                self.assertEqual(graph.texts(), [] if status == 200 else ["mended"])
+
+    def test_of_two_events_with_one_mid_the_first_is_answered(self):
+        graph = self.start_graph()
+        bot = self.start_bot(graph)
+        self.assertEqual(self.deliver(bot, delivery(message("first"), message("second"))), (200, "ok"))
+        self.stop(bot)
+        self.assertEqual(graph.texts(), ["first"])
 
     def test_a_delivery_brought_ten_times_at_once_gets_one_reply(self):
         hold = threading.Event()
@@ -1843,6 +1896,22 @@ class KeptConnections(PromiseTest):
                 self.assertEqual({record.levelname for record in logs.records}, {"INFO"})
                 self.assertEqual((graph.calls.qsize(), len(graph.connections)), (10, 10))
 
+    def test_what_graph_says_unasked_is_not_the_answer_to_the_next_call(self):
+        refused = error(613)[2]
+        for unasked in (b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(ACCEPTED[2]), ACCEPTED[2]),
+                        b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n%s" % (len(refused), refused), b"surplus"):
+            with self.subTest(unasked[:12]):
+                status, headers, body = ACCEPTED
+                graph = self.start_graph(in_turn((status, {"Content-Length": len(body)}, body + unasked), error(613)))
+                bot = self.start_frozen_bot(graph)
+                self.assertEqual(self.deliver(bot, delivery(message())), (200, "ok"))
+                answers = self.deliver_in_background(bot, delivery(message(mid="m_2")))
+                self.until(lambda: graph.calls.qsize() == 2)
+                self.assertEqual(len(graph.connections), 2)
+                self.settle(bot)
+                self.assertIn(answers.get(timeout=WAIT), (200, 503))
+                self.assertEqual(graph.texts(), ["hello"] * 3)
+
     def test_a_connection_that_nobody_has_needed_for_a_minute_is_closed(self):
         graph = self.start_graph()
         bot = self.start_frozen_bot(graph)
@@ -2005,10 +2074,10 @@ class TalkOnAPipe(BotTest):
         ("/image", ["I can't echo this"], "^$"),
         ("/postback", ["Get started"], "^$"),
         ("/batch", ["one", "two", "three"], "^$"),
-        ("/read", [], "200.*nothing"),
-        ("/echo", [], "200.*nothing"),
-        ("/edit", [], "200.*nothing"),
-        ("once\n/again", ["once"], "200.*nothing"),
+        ("/read", [], "200.*no reply"),
+        ("/echo", [], "200.*no reply"),
+        ("/edit", [], "200.*no reply"),
+        ("once\n/again", ["once"], "200.*no reply"),
         ("never twice\n/unsigned\n/again", ["never twice"], "(?s)X-Hub-Signature-256.*403.*200"),
         ("/wire\n/wire", [], "(?s)Messenger > bot.*bot > Graph.*Graph > bot.*bot > Messenger"),
         ("/nope", [], "/nope.*/help"),
@@ -2274,14 +2343,16 @@ class CheckNetwork(CheckTest):
         refusing = {"https": proxy.url.replace("//", "//me:%s@" % PASSWORD)}
         (_, dead), nowhere = self.bind(), "https://graph.invalid/v26.0"
         for name, url, proxies, pattern in (
-            ("nothing listens", dead, {}, "nothing listens.*: check the address"),
-            ("no name", "https://[fe80::1%nosuch]", {}, "name cannot be looked up: check the name"),  # asks no DNS
+            ("nothing listens", dead, {}, "nothing listens there: check %s"),
+            ("no name", "https://[fe80::1%nosuch]", {}, "name cannot be looked up: check it"),  # asks no DNS
             ("the proxy refuses", nowhere, refusing, "proxy 127.0.0.1:.* refuses: check https_proxy and no_proxy"),
-            ("the proxy is dead", nowhere, {"https": dead}, "proxy 127.0.0.1:.*nothing listens"),
-            ("no TLS", proxy.url.replace("http:", "https:"), {}, "does not speak TLS: check the address"),
+            ("the proxy is dead", nowhere, {"https": dead}, "proxy 127.*nothing listens there: check https_proxy"),
+            ("the proxy is none", nowhere, {"https": "a:b:c"}, "proxy a:b:c, its port is not a number: check https_pr"),
+            ("no TLS", proxy.url.replace("http:", "https:"), {}, "does not speak TLS: check %s"),
         ):
-            self.check_causes(("Graph: " + name, {"GRAPH_URL": url, "proxies": proxies}, pattern),
-                              ("webhook: " + name, {"url": url, "proxies": proxies}, pattern))
+            self.check_causes(
+                ("Graph: " + name, {"GRAPH_URL": url, "proxies": proxies}, pattern.replace("%s", "GRAPH_URL")),
+                ("webhook: " + name, {"url": url, "proxies": proxies}, pattern.replace("%s", "the address.*bot runs")))
 
     def test_what_never_answers_ends_its_part_of_the_report(self):
         silent, url = self.bind()
@@ -2303,8 +2374,8 @@ class CheckNetwork(CheckTest):
         bot.socket = context.wrap_socket(bot.socket, server_side=True)
         self.start(bot)
         url = "https://127.0.0.1:%d/webhook" % bot.server_address[1]
-        self.check_causes(("the webhook's", {"url": url}, "certificate is not trusted: renew it"),
-                          ("Graph's", {"GRAPH_URL": url}, "certificate is not trusted: .*clock"))
+        self.check_causes(("the webhook's", {"url": url}, r"certificate is not trusted \(self.signed.*\): renew it"),
+                          ("Graph's", {"GRAPH_URL": url}, "certificate is not trusted .*: .*clock"))
         with self.assertLogs("echobot"):
             self.check_process(0, 7 * ["ok"], url, SSL_CERT_FILE=certificate)
 
@@ -2338,12 +2409,12 @@ class CheckWebhook(CheckTest):
         def obliging(call):
             return 200, {}, "".join(re.findall(r"hub\.challenge=(\w*)", call.path)).encode()
 
-        other = "something else answers.*status %d: check the address, and that the bot runs"
+        other = "something else answers.*status %d: check the address.*/webhook.*, and that the bot runs"
         self.check_causes(*((name, {"url": self.start_graph(answer).url}, pattern) for name, answer, pattern in (
             ("a page", says(200, b"Welcome"), other % 200),
             ("a long page", says(200, 2**21 * b"x"), "something else answers there: check the address"),
             ("a guard", says(403, b"Blocked"), other % 403),
-            ("a dead bot", says(502, b"Bad gateway"), other % 502),
+            ("a dead bot", says(502, b"Bad gateway"), "a proxy.*status 502.*: start the bot"),
             ("a redirect", says(302, b"", "https://example.com"), "redirects to https://example.com/v26.0.*: give"),
         )))
         self.assertRegex("\n".join(self.check(url=self.start_graph(obliging).url)[0]), "other token.* is taken")
