@@ -213,7 +213,7 @@ WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
 
 
 class Refusal(Exception):
-    """What is wrong with a request, as the answer to it: `status`, a line of `text`, and `why` for the log."""
+    """What is wrong with a message, as the answer to it: `status`, a line of `text`, and `why` for the log."""
 
     def __init__(self, status: int, text: str, why: str = "") -> None:
         super().__init__(text)
@@ -282,13 +282,30 @@ class Malformed(Exception):
     """An event that breaks Messenger's rules."""
 
 
-class Owed(NamedTuple):
-    """A reply that a delivery owes."""
+Reply = Callable[[Mapping[str, Any]], Optional[str]]
 
-    key: bytes       # what tells its event from every other
-    recipient: str   # whom to send it to: the event's sender
-    mid: str         # Messenger's name of the event, for the log; may be empty
-    message: Dict[str, Any]  # what `reply` gets
+
+class Owed:
+    """A reply that a delivery owes, and how far it has come."""
+
+    def __init__(self, key: bytes, recipient: str, mid: str, message: Dict[str, Any]) -> None:
+        self.key = key                      # what tells its event from every other
+        self.recipient = recipient          # whom to send it to: the event's sender
+        self.mid = mid                      # Messenger's name of the event, for the log; may be empty
+        self.message = message              # what `reply` gets
+        self.text: Optional[str] = None     # what `reply` says, when it has been asked
+        self.left: Deque[str] = collections.deque()     # pieces of it, still to be sent
+        self.size, self.tries, self.since = 0, 0, 0.0   # its share of the delivery's bytes; so far; of the first
+        self.ended, self.status = threading.Event(), 200  # 503 when given up, 500 when a bug ended it
+
+    def ask(self, reply: Reply) -> None:
+        """Ask `reply` what to say, once; raise TypeError if that is no text."""
+        if self.text is None:
+            text = reply(self.message)
+            if not isinstance(text, (str, type(None))):
+                raise TypeError("reply returned %s: it has to return a text, or None" % type(text).__name__)
+            self.text = text or ""
+            self.left.extend(pieces(self.text))
 
 
 def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
@@ -299,10 +316,7 @@ def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
     if payload.get("object") != "page":
         return
     for entry in as_list(payload.get("entry")):
-        if not isinstance(entry, dict):
-            yield "", entry
-            continue
-        for event in as_list(entry.get("messaging")):
+        for event in as_list(entry.get("messaging")) if isinstance(entry, dict) else [entry]:
             yield identity(entry), event
 
 
@@ -348,40 +362,33 @@ def checked(kind: str, message: Any) -> Dict[str, Any]:
 
 def pieces(text: str) -> List[str]:
     """Return `text` cut into messages that Graph takes, none longer than TEXT_UNITS; joined, they are `text`."""
-    result, start, end = [], 0, furthest(text, 0)
-    while end < len(text):
-        cut = best_cut(text, start, end)
-        result.append(text[start:cut])
-        start, end = cut, furthest(text, cut)
-    return result + [text[start:]]
+    result = []
+    while len(text) > TEXT_UNITS // 2:  # no character has more than two units
+        units = list(itertools.accumulate(2 if c > "\uffff" else 1 for c in text[:TEXT_UNITS]))
+        half, most = bisect.bisect_right(units, TEXT_UNITS // 2), bisect.bisect_right(units, TEXT_UNITS)
+        end = best_cut(text, half, most) if most < len(text) else most
+        result.append(text[:end])
+        text = text[end:]
+    return result + [text] if text else result
 
 
-def furthest(text: str, start: int, units: int = TEXT_UNITS) -> int:
-    """Return the end of the longest piece from `start` that has no more than so many UTF-16 code units."""
-    if len(text) - start <= units // 2:  # no character has more than two
-        return len(text)
-    lengths = itertools.accumulate(2 if c > "\uffff" else 1 for c in text[start:start + units])
-    return start + bisect.bisect_right(list(lengths), units)
-
-
-def best_cut(text: str, start: int, end: int) -> int:
-    """Return where a piece ends: after white space in its second half, else between characters, else at `end`."""
-    after_space = (at for at in range(end, furthest(text, start, TEXT_UNITS // 2), -1) if text[at - 1].isspace())
-    anywhere = range(end, start, -1)
-    return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, start, at)), end)
+def best_cut(text: str, half: int, most: int) -> int:
+    """Return where the first piece ends: after white space beyond `half`, else between characters, else at `most`."""
+    after_space = (at for at in range(most, half, -1) if text[at - 1].isspace())
+    anywhere = range(most, 0, -1)
+    return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, at)), most)
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 
-def inside_character(text: str, start: int, at: int) -> bool:
-    """Return whether `text`, from `start` on, is within what a reader sees as one character at `at`."""
+def inside_character(text: str, at: int) -> bool:
+    """Return whether a cut at `at` would divide what a reader sees as one character."""
     before, after = text[at - 1], text[at]
     if before == "\u200d" or after == "\u200d" or before + after == "\r\n":
         return True
     if after in FLAG_LETTERS:  # a flag is two of them
-        piece = text[start:at]
-        return (len(piece) - len(piece.rstrip(FLAG_LETTERS))) % 2 == 1
+        return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
     return (unicodedata.category(after) in ("Mn", "Mc", "Me")
             or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"
             or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
@@ -449,10 +456,10 @@ def framing(fields: Fields) -> Optional[int]:
         return None
     if not (length.isdigit() and length.isascii()):
         raise Refusal(400, "Content-Length is not a number.")
-    digits = length.lstrip("0") or "0"
-    if len(digits) > len(str(BODY_BYTES)) or int(digits) > BODY_BYTES:
+    size = float(length)  # not int, which refuses thousands of digits
+    if size > BODY_BYTES:
         raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
-    return int(digits)
+    return int(size)
 
 
 def read_body(file: io.BufferedReader, length: int) -> bytes:
@@ -533,6 +540,11 @@ class Deadlines:
                 except Exception:
                     log.exception("a bug in the watch")
 
+    def watch(self, closed: threading.Event) -> None:
+        """Act on those that are missed until `closed` is set: the work of a thread, the watch."""
+        while not closed.wait(TICK):
+            self.enforce()
+
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
 
@@ -559,7 +571,7 @@ class Link:
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock, self.since, self.source = sock, 0.0, Source(sock, "rb")  # 0.0: when it was last used
-        self.file: io.BufferedReader = io.BufferedReader(self.source, LINE_BYTES)  # type: ignore[assignment]
+        self.file: io.BufferedReader = io.BufferedReader(self.source, LINE_BYTES)
 
     def exchange(self, request: bytes) -> Response:
         """Return the server's answer; raise ConnectionError if it closed instead, Refusal if it is not HTTP."""
@@ -654,34 +666,32 @@ class Client:
     def connect(self) -> Link:
         """Return a new connection, by way of the proxy if there is one."""
         at = self.proxy or self.host
+        connection: Any = http.client.HTTPConnection(at, timeout=self.timeout)
         if self.context:
-            connection: Any = http.client.HTTPSConnection(at, timeout=self.timeout, context=self.context)
-        else:
-            connection = http.client.HTTPConnection(at, timeout=self.timeout)
-        if self.context and self.proxy:
-            connection.set_tunnel(self.host, headers=self.proxy_fields)
+            connection = http.client.HTTPSConnection(at, timeout=self.timeout, context=self.context)
+            if self.proxy:
+                connection.set_tunnel(self.host, headers=self.proxy_fields)
         connection.connect()
         connection.sock.settimeout(None)  # the watch sees to it: a time-out costs a poll for each read and write
         return Link(connection.sock)
 
     def exchange(self, link: Link, request: bytes) -> Response:
         """Return the server's answer, and keep the connection if it can be used again; raise one of NO_ANSWER."""
-        keep = False
         ticket = self.deadlines.set(self.timeout, link.abort)
         try:
-            response = link.exchange(request)
-            self.deadlines.meet(ticket)
-            keep = not link.surplus() and "close" not in response.fields.get("connection", "").lower()
-            return response
-        except (OSError, Refusal):
-            self.deadlines.meet(ticket)
+            try:
+                response = link.exchange(request)
+            finally:
+                self.deadlines.meet(ticket)  # raises Late, in place of what the watch's `abort` looks like here
+        except BaseException:
+            link.close()
             raise
-        finally:
-            if keep:
-                link.since = self.deadlines.clock()
-                self.idle.append(link)
-            else:
-                link.close()
+        if link.surplus() or "close" in response.fields.get("connection", "").lower():
+            link.close()
+        else:
+            link.since = self.deadlines.clock()
+            self.idle.append(link)
+        return response
 
     def prune(self) -> None:
         """Close the connections that nobody has needed for a minute, as after a burst, from now on each minute."""
@@ -711,11 +721,11 @@ def proxy_for(scheme: str, host: str, proxies: Proxies) -> Tuple[str, Fields]:
 
 
 class Passing(Exception):
-    """A failure that may pass: `reason`, and how many seconds the server asks to wait."""
+    """A failure that may pass, why, and how many seconds the server asks to wait."""
 
     def __init__(self, reason: str, retry_after: float = 0.0) -> None:
         super().__init__(reason)
-        self.reason, self.retry_after = reason, retry_after
+        self.retry_after = retry_after
 
 
 class ForGood(Exception):
@@ -811,45 +821,11 @@ class Graph:
         try:
             return judge(self.client.call(method, path + self.credentials, body, fields))
         except NO_ANSWER as error:
-            raise Passing(describe(error)) from error
-
-
-def describe(error: Exception) -> str:
-    """Return in a few words what went wrong with a connection, without a URL, which would hold the token."""
-    return "no answer from Graph (%s)" % (getattr(error, "strerror", None) or str(error) or "time-out")
+            why = getattr(error, "strerror", None) or str(error) or "it took too long"  # no URL, which holds the token
+            raise Passing("no answer from Graph (%s)" % why) from error
 
 
 # ---- The outbox: each reply once, each person's in order -----------------------------------------------------------
-
-Reply = Callable[[Mapping[str, Any]], Optional[str]]
-
-
-class Receipt:
-    """How many replies one delivery waits for, and the status that it gets for those that have ended."""
-
-    def __init__(self) -> None:
-        self.waiting, self.status = 0, 200
-        self.done: Optional[threading.Event] = None  # where a thread waits for it
-
-
-class Sending:
-    """A reply on its way: what is left of it to send, and which deliveries wait for it."""
-
-    def __init__(self, owed: Owed, now: float) -> None:
-        self.owed, self.since, self.size, self.tries, self.give_up = owed, now, 0, 0, 0.0
-        self.text: Optional[str] = None  # not known yet
-        self.left: Deque[str] = collections.deque()
-        self.receipts: List[Receipt] = []
-
-    def ask(self, reply: Reply) -> None:
-        """Ask `reply` what to say, once; raise TypeError if that is no text."""
-        if self.text is None:
-            text = reply(self.owed.message)
-            if not isinstance(text, (str, type(None))):
-                raise TypeError("reply returned %s: it has to return a text, or None" % type(text).__name__)
-            self.text = text or ""
-            self.left.extend(pieces(text) if text else ())
-
 
 class Outbox:
     """Sends each reply until it is settled, accepted by Graph or refused for good, or given up.
@@ -859,55 +835,50 @@ class Outbox:
     waits in `deadlines`, without a thread.
     """
 
-    def __init__(self, reply: Reply, send: Callable[[str, str], None], report: Callable[[Sending, float], None],
+    def __init__(self, reply: Reply, send: Callable[[str, str], None], report: Callable[[Owed, float], None],
                  limits: Limits, deadlines: Deadlines) -> None:
         self.reply, self.send, self.report, self.limits, self.deadlines = reply, send, report, limits, deadlines
         self.lock = threading.Lock()
-        self.pending: Dict[bytes, Sending] = {}
+        self.pending: Dict[bytes, Owed] = {}
         self.size = 0                                       # bytes that `pending` came in
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.lines: Dict[str, Deque[Sending]] = {}
+        self.lines: Dict[str, Deque[Owed]] = {}
         self.senders = threading.BoundedSemaphore(limits.senders)  # deliveries' threads that send
         self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
         self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
-    def deliver(self, owed: Sequence[Owed], size: int) -> Receipt:
-        """Return the receipt of a delivery of `size` bytes that owes `owed`; raise Refusal if it is too much."""
-        receipt, now = Receipt(), self.deadlines.clock()
-        sendings: Dict[bytes, Sending] = {}
-        for each in owed:
-            sendings.setdefault(each.key, Sending(each, now))
+    def deliver(self, replies: Sequence[Owed], size: int) -> List[Owed]:
+        """Send what a delivery of `size` bytes owes; return it, less what was settled before, and with the replies of
+        other deliveries that it joins; raise Refusal if it is too much."""
         with self.lock:
-            fresh = self.enter(sendings, size, receipt)
+            fresh = self.enter(replies, size)
+            joined = [self.pending[owed.key] for owed in replies if owed.key in self.pending]
         own = fresh.pop() if fresh and self.senders.acquire(blocking=False) else None
         for recipient in fresh:
             self.hand_over(self.send_line, recipient)
         if own:
             try:
-                self.send_line(own, receipt)
+                self.send_line(own, joined)
             finally:
                 self.senders.release()
-        return receipt
+        return joined
 
-    def enter(self, sendings: Dict[bytes, Sending], size: int, receipt: Receipt) -> List[str]:
-        """Line up the replies that are new, and join all that are under way; return whose lines are new."""
-        new = [sending for key, sending in sendings.items() if key not in self.pending and key not in self.settled]
+    def enter(self, replies: Sequence[Owed], size: int) -> List[str]:
+        """Line up the replies that are new; return whose lines are new."""
+        new = {owed.key: owed for owed in reversed(replies)  # of two events with the same mid the first counts
+               if owed.key not in self.pending and owed.key not in self.settled}
         full = len(self.pending) + len(new) > self.limits.pending or self.size + size > self.limits.pending_bytes
         if new and full:
             raise Refusal(503, "Too many replies are pending: bring it again.")
         fresh = []
-        for sending in new:
-            sending.size = size // len(new)
-            self.size += sending.size
-            self.pending[sending.owed.key] = sending
-            line = self.lines.setdefault(sending.owed.recipient, collections.deque())
+        for key, owed in reversed(list(new.items())):
+            owed.size = size // len(new)
+            self.size += owed.size
+            self.pending[key] = owed
+            line = self.lines.setdefault(owed.recipient, collections.deque())
             if not line:
-                fresh.append(sending.owed.recipient)
-            line.append(sending)
-        for key in sendings:
-            if key in self.pending:
-                self.pending[key].receipts.append(receipt)
-                receipt.waiting += 1
+                fresh.append(owed.recipient)
+            line.append(owed)
         return fresh
 
     def hand_over(self, *work: Any) -> None:
@@ -917,8 +888,8 @@ class Outbox:
         except RuntimeError:  # any further work, such as `int`, has the crew try to start a thread again
             self.deadlines.set(1.0, functools.partial(self.hand_over, int))
 
-    def send_line(self, recipient: str, until: Optional[Receipt] = None) -> None:
-        """Send a person's replies, until none is left, one has to wait, or `until` is done."""
+    def send_line(self, recipient: str, until: Sequence[Owed] = ()) -> None:
+        """Send a person's replies, until none is left, one has to wait, or all of `until` have ended."""
         line = self.lines[recipient]
         while self.send_reply(line[0]):
             with self.lock:
@@ -926,82 +897,75 @@ class Outbox:
                 if not line:
                     del self.lines[recipient]
                     return
-            if until and not until.waiting:
+            if until and all(owed.ended.is_set() for owed in until):
                 self.hand_over(self.send_line, recipient)
                 return
 
-    def send_reply(self, sending: Sending) -> bool:
+    def send_reply(self, owed: Owed) -> bool:
         """Send what is left of a reply, and end it; return False if it has to wait instead."""
-        now, status = self.deadlines.clock(), 200
-        sending.give_up = sending.give_up or now + self.limits.retry
+        now = self.deadlines.clock()
+        owed.since = owed.since or now
         try:
-            if now < sending.give_up:
-                sending.ask(self.reply)
-                self.send_pieces(sending)
+            if now < owed.since + self.limits.retry:
+                owed.ask(self.reply)
+                self.send_pieces(owed)
             else:
-                status = 503
-                log.error("gave up the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
+                owed.status = 503
+                log.error("gave up the reply to %s, mid %s", owed.recipient, owed.mid)
         except Passing as failure:
-            self.postpone(sending, failure)
+            self.postpone(owed, failure)
             return False
         except Exception:
-            status = 500
-            log.exception("a bug ended the reply to %s, mid %s", sending.owed.recipient, sending.owed.mid)
-        self.end(sending, status)
+            owed.status = 500
+            log.exception("a bug ended the reply to %s, mid %s", owed.recipient, owed.mid)
+        self.end(owed)
         return True
 
-    def send_pieces(self, sending: Sending) -> None:
+    def send_pieces(self, owed: Owed) -> None:
         """Send what is left of a reply until Graph refuses it; raise Passing where it failed for now."""
         try:
-            while sending.left:
-                self.send(sending.owed.recipient, sending.left[0])
-                sending.left.popleft()
-            if sending.text:
-                self.report(sending, self.deadlines.clock() - sending.since)
+            while owed.left:
+                self.send(owed.recipient, owed.left[0])
+                owed.left.popleft()
+            if owed.text:
+                self.report(owed, self.deadlines.clock() - owed.since)
         except ForGood as refusal:
-            log.error("Graph refused the reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, refusal)
+            log.error("Graph refused the reply to %s, mid %s: %s", owed.recipient, owed.mid, refusal)
         self.failing = None
 
-    def postpone(self, sending: Sending, failure: Passing) -> None:
+    def postpone(self, owed: Owed, failure: Passing) -> None:
         """Have the line sent again: after a pause that doubles, less a random part, or as long as the server asks."""
         now = self.deadlines.clock()
         self.failing = self.failing_since(now) or now, now
-        pause = min(self.limits.first_pause * 2 ** sending.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
-        pause = max(0.0, min(max(pause, failure.retry_after), sending.give_up - now))
-        sending.tries += 1
-        self.deadlines.set(pause, functools.partial(self.hand_over, self.send_line, sending.owed.recipient))
+        left = owed.since + self.limits.retry - now
+        pause = min(self.limits.first_pause * 2 ** owed.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
+        pause = max(0.0, min(max(pause, failure.retry_after), left))
+        owed.tries += 1
         log.warning("the reply to %s, mid %s, failed for now and is %s in %.1f s: %s",
-                    sending.owed.recipient, sending.owed.mid,
-                    "tried again" if now + pause < sending.give_up else "given up", pause, failure)
+                    owed.recipient, owed.mid, "tried again" if pause < left else "given up", pause, failure)
+        self.deadlines.set(pause, functools.partial(self.hand_over, self.send_line, owed.recipient))
 
     def failing_since(self, now: float) -> Optional[float]:
         """Return since when Graph fails without a break, or None; ten minutes without a call are a break."""
         return self.failing[0] if self.failing and now - self.failing[1] < self.limits.outage else None
 
-    def end(self, sending: Sending, status: int) -> None:
-        """Tell all deliveries that wait for the reply; remember it if it is settled, status 200, else forget it."""
+    def end(self, owed: Owed) -> None:
+        """Tell all that wait for the reply; remember it if it is settled, else forget it."""
         with self.lock:
-            del self.pending[sending.owed.key]
-            self.size -= sending.size
-            if status == 200:
-                self.settled[sending.owed.key] = None
+            del self.pending[owed.key]
+            self.size -= owed.size
+            if owed.status == 200:
+                self.settled[owed.key] = None
                 if len(self.settled) > self.limits.remembered:
                     self.settled.popitem(last=False)
-            for receipt in sending.receipts:
-                receipt.waiting -= 1
-                receipt.status = max(receipt.status, status)
-                if receipt.done and (receipt.status > 200 or not receipt.waiting):
-                    receipt.done.set()
+        owed.ended.set()
 
-    def settle(self, receipt: Receipt, seconds: float) -> int:
-        """Return the status of a delivery: 200 when all that it owes is settled, 503 when a reply was given up, 500
-        when one has a bug; raise Late if that is not known in time."""
-        with self.lock:
-            if receipt.waiting and receipt.status == 200:
-                receipt.done = threading.Event()
-        if receipt.done and not receipt.done.wait(seconds):
-            raise Late
-        return receipt.status
+
+def outcome(replies: Sequence[Owed], seconds: float) -> int:
+    """Return 200 when all the replies are settled, 500 when a bug has ended one, 503 when one is given up, or has not
+    ended in so many seconds."""
+    until = time.monotonic() + seconds
+    return max([owed.status if owed.ended.wait(until - time.monotonic()) else 503 for owed in replies], default=200)
 
 
 # ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
@@ -1031,8 +995,8 @@ Respond = Callable[[Request], Answer]
 TLS_HELLO = b"\x16"  # which begins no request
 
 
-def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request:
-    """Return the next request; raise Refusal if it is not one.  `invite` is called where the client waits for it."""
+def read_request(file: io.BufferedReader, client: Any) -> Request:
+    """Return the next request; raise Refusal if it is not one.  To `client` goes what tells it to go on, if it asks."""
     if file.peek(1)[:1] == TLS_HELLO:
         raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
     head = read_head(file)
@@ -1043,24 +1007,18 @@ def read_request(file: io.BufferedReader, invite: Callable[[], None]) -> Request
     if major != "1":
         raise Refusal(505, "The only HTTP spoken here is HTTP/1.1.")
     old, fields = minor == "0", parse_fields(head, match.end())
-    check_host(fields, old)
+    if not HOST.fullmatch(fields.get("host", "" if old else "/")):  # HTTP/1.0 may do without
+        raise Refusal(400, "Host is missing, malformed, or given twice.")
     length = framing(fields)
     if length == CHUNKED and old:
         raise Refusal(400, "HTTP/1.0 has no chunks.")
     if length is None and method == "POST":
         raise Refusal(411, "A delivery needs a Content-Length, or chunks.")
     if length and not old and fields.get("expect", "").lower() == "100-continue":
-        invite()
+        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
     path, _, query = (target if target[0] == "/" else AUTHORITY.sub("", target)).partition("?")
     keep = not old and "close" not in fields.get("connection", "").lower()
     return Request(method, path or "/", query, fields, read_body(file, length) if length else b"", keep)
-
-
-def check_host(fields: Fields, old: bool) -> None:
-    """Raise Refusal unless there is one Host, well formed; HTTP/1.0, which is `old`, may do without."""
-    host = fields.get("host", "" if old else None)
-    if host is None or not HOST.fullmatch(host):
-        raise Refusal(400, "Host is missing, malformed, or given twice.")
 
 
 @functools.lru_cache(maxsize=16)
@@ -1110,7 +1068,6 @@ class Connection(socketserver.StreamRequestHandler):
         Whoever takes the connection out of `idle`, this thread or `close`, has it.
         """
         self.server.idle[self] = True
-        more = mine = False
         try:
             more = not self.server.closing and bool(self.rfile.peek(1))
         finally:
@@ -1120,12 +1077,12 @@ class Connection(socketserver.StreamRequestHandler):
     def serve(self) -> bool:
         """Read a request and answer it; return whether the connection can be used again."""
         try:
-            request = read_request(self.rfile, self.invite)
+            request = read_request(self.rfile, self.wfile)
         except Refusal as refusal:
             return self.refuse(refusal)
         except MemoryError:
             return self.refuse(NO_MEMORY)
-        self.next_step(self.limits.answer, self.late_answer)
+        self.next_step(self.limits.answer, lambda: self.end(self.server.late_answer()))
         answer = self.server.answer(request)
         keep = request.keep and not self.server.closing
         self.next_step(self.limits.idle, self.end)
@@ -1148,18 +1105,10 @@ class Connection(socketserver.StreamRequestHandler):
         self.deadlines.meet(self.ticket)
         self.ticket = self.deadlines.set(seconds, late)
 
-    def invite(self) -> None:
-        """Answer Expect: 100-continue."""
-        self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-
     def late_request(self) -> None:
         """Refuse a request that does not arrive; called by the watch."""
         log.info("refused a request from %s with 408: it did not arrive whole", self.client_address[0])
         self.end(Answer(408, "The request did not arrive whole within %g s." % self.limits.request))
-
-    def late_answer(self) -> None:
-        """Answer a delivery whose replies take too long; called by the watch."""
-        self.end(self.server.late_answer())
 
     def end(self, answer: Optional[Answer] = None) -> None:
         """End the connection from another thread, waiting for nobody; this one reads an end of file, if it reads."""
@@ -1204,13 +1153,8 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
         """Serve until `shutdown`."""
-        threading.Thread(target=self.watch, daemon=True).start()
+        threading.Thread(target=self.deadlines.watch, args=(self.closed,), daemon=True).start()
         super().serve_forever(poll_interval)
-
-    def watch(self) -> None:
-        """Act on deadlines, until the server is closed."""
-        while not self.closed.wait(TICK):
-            self.deadlines.enforce()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Return the next connection; raise OSError where none can be had now, after a pause that keeps it calm."""
@@ -1243,8 +1187,6 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except Refusal as refusal:
             log.log(logging.WARNING if refusal.status == 403 else logging.INFO, "%s", refusal.why)
             return Answer(refusal.status, refusal.text)
-        except Late:
-            raise
         except MemoryError:
             log.error("%s", NO_MEMORY.why)
             return Answer(NO_MEMORY.status, NO_MEMORY.text)
@@ -1290,16 +1232,16 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 class Bot(WebServer):
     """The webhook: verifies, and owes Messenger a reply for each message."""
 
-    def __init__(self, settings: Settings, limits: Limits, clock: Callable[[], float], proxies: Proxies,
-                 reply: Reply) -> None:
+    def __init__(self, settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
+                 proxies: Proxies = None, reply: Reply = reply) -> None:
+        """Bind, and do not start; raise OSError where it cannot listen."""
         webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
         routes = {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
         super().__init__(settings.host, settings.port, routes, limits, clock)
         self.settings = settings
         self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
-        graph = Graph(settings, self.client)
-        send, report = (graph.send_message, log_reply) if settings.token else (say_nothing, log_dry)
-        self.outbox = Outbox(reply, send, report, limits, self.deadlines)
+        send = Graph(settings, self.client).send_message if settings.token else lambda recipient, text: None
+        self.outbox = Outbox(reply, send, self.report, limits, self.deadlines)
 
     def handle_verification(self, request: Request) -> Answer:
         """Answer the webhook's set-up page with its challenge."""
@@ -1319,8 +1261,8 @@ class Bot(WebServer):
             raise Refusal(400, text, "delivery refused: " + text)
         if payload.get("object") != "page":
             log.info("acknowledged a delivery that is not about a page: nothing is owed to it")
-        receipt = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
-        status = self.outbox.settle(receipt, self.limits.answer + 1)  # a second later: the watch has answered by then
+        replies = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
+        status = outcome(replies, self.limits.answer)
         return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
 
     def replies_owed(self, payload: Dict[str, Any]) -> Iterator[Owed]:
@@ -1338,7 +1280,6 @@ class Bot(WebServer):
         now = self.deadlines.clock()
         since = self.outbox.failing_since(now)
         if since is None or now - since < self.limits.outage:
-            log.info("answered a delivery 503, for Messenger to bring again: its replies are not settled yet")
             return Answer(503, "The replies are not settled yet: bring it again.")
         log.error("let a delivery go: Graph has failed for %d s", now - since)
         return Answer(200, "ok")
@@ -1353,26 +1294,16 @@ class Bot(WebServer):
         self.client.close()
         self.outbox.crew.shutdown(wait=False)
 
-
-def log_reply(sending: Sending, seconds: float) -> None:
-    """Log that a reply is accepted: whose, not what."""
-    log.info("replied to %s: mid %s, %d characters, %d ms",
-             sending.owed.recipient, sending.owed.mid, len(sending.text or ""), seconds * 1000)
-
-
-def log_dry(sending: Sending, seconds: float) -> None:
-    """Log the reply that would be sent."""
-    log.info("dry run, would reply to %s, mid %s: %s", sending.owed.recipient, sending.owed.mid, sending.text)
+    def report(self, owed: Owed, seconds: float) -> None:
+        """Log that a reply is accepted: whose, and not what, save on a dry run."""
+        if self.settings.token:
+            log.info("replied to %s: mid %s, %d characters, %d ms",
+                     owed.recipient, owed.mid, len(owed.text or ""), seconds * 1000)
+        else:
+            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, owed.text)
 
 
-def say_nothing(recipient: str, text: str) -> None:
-    """Send nothing: this is a dry run."""
-
-
-def make_server(settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
-                proxies: Proxies = None, reply: Reply = reply) -> Bot:
-    """Return the bot, bound and not started; raise OSError where it cannot listen."""
-    return Bot(settings, limits, clock, proxies, reply)
+make_server = Bot
 
 
 # ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
@@ -1381,16 +1312,16 @@ CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the event that it sends or the error that Graph gives
-    "/sticker": ("a sticker", {"message": {"attachments": [
-        {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}),
-    "/image": ("an image", {"message": {"attachments": [
-        {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}),
-    "/postback": ("a press on a button", {"postback": {"title": "Get started", "payload": "GET_STARTED"}}),
-    "/read": ("a read receipt", {"read": {"watermark": 1458692752478}}),
-    "/echo": ("the bot's own message, echoed", {"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}),
-    "/edit": ("an edit", {"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}),
-    "/batch": ("three messages in one delivery", None),
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it sends or the error that Graph gives
+    "/sticker": ("a sticker", [{"message": {"attachments": [
+        {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}]),
+    "/image": ("an image", [{"message": {"attachments": [
+        {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}]),
+    "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
+    "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
+    "/echo": ("the bot's own message, echoed", [{"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}]),
+    "/edit": ("an edit", [{"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}]),
+    "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
     "/again": ("the last delivery once more", None),
     "/unsigned": ("the last delivery once more, not signed", None),
     "/slow": ("Graph takes %g s for its next answer, and the bot waits %g s here instead of 4" % (
@@ -1418,13 +1349,11 @@ class PlayedGraph(WebServer):
         fault, self.fault = self.fault, ""
         if fault == "/slow":
             self.closed.wait(SLOW)
-        error = COMMANDS[fault][1] if fault else {}
-        error = error or self.refusal(request)
+        error = fault and COMMANDS[fault][1] or self.refusal(request)
         status = 500 if fault == "/500" else 400 if error else 200
-        if error:
-            played = {"message": "(#%d) as played" % error["code"], "type": "OAuthException", "fbtrace_id": "played"}
-            error = dict(played, **error)
-        result = json.dumps({"error": error} if error else {"recipient_id": PERSON, "message_id": "m_out"})
+        played = {"message": "as played", "type": "OAuthException", "fbtrace_id": "played"}
+        result = json.dumps({"error": dict(played, **error)} if error else {
+            "recipient_id": PERSON, "message_id": "m_out"})
         self.show("Graph > bot", "HTTP/1.1 %d" % status, result)
         if not error:
             self.say(json.loads(request.body)["message"]["text"])
@@ -1446,11 +1375,6 @@ class PlayedGraph(WebServer):
         return {} if whole else {"code": 100}
 
 
-def messenger_time() -> int:
-    """Return the time as Messenger gives it: Unix time in ms."""
-    return int(time.time() * 1000)
-
-
 class Chat:
     """Plays Messenger and Graph on loopback, with the real bot between them."""
 
@@ -1462,7 +1386,7 @@ class Chat:
         url = "http://127.0.0.1:%d" % self.bot.server_address[1]
         self.messenger = Client(url, 2 * CHAT_LIMITS.retry, self.bot.deadlines, proxies={})
         self.secret, self.terminal = settings.secret, sys.stdin.isatty() and sys.stdout.isatty()
-        self.sent, self.said, self.showing, self.body = 0, 0, False, b""
+        self.sent, self.said, self.showing, self.body = 0, 0, False, b"{}"
         self.tape: List[str] = []  # the last exchange
 
     def run(self) -> int:
@@ -1485,13 +1409,15 @@ class Chat:
     def hear(self, line: str) -> None:
         """Do what a line of input says."""
         command = line.strip() if line.startswith("/") else ""
-        if command in ("/batch", "/again", "/unsigned", "/wire", "/help"):
+        if command in ("/wire", "/help"):
             getattr(self, command[1:])()
+        elif command in ("/again", "/unsigned"):
+            self.deliver(signed=command == "/again")
         elif command in ("/slow", "/500", "/613", "/190"):
             self.graph.fault = command
             self.note("(%s; now say something)" % COMMANDS[command][0])
         elif command in COMMANDS:
-            self.bring(COMMANDS[command][1])
+            self.bring(*COMMANDS[command][1])
         elif command:
             self.note("(there is no %s; /help lists what there is)" % command)
         elif line.strip():
@@ -1499,41 +1425,27 @@ class Chat:
 
     def bring(self, *parts: Dict[str, Any]) -> None:
         """Deliver events with these parts."""
-        entry = {"id": PAGE, "time": messenger_time(), "messaging": [self.event(part) for part in parts]}
+        now = int(time.time() * 1000)  # in ms, as Messenger has it
+        entry = {"id": PAGE, "time": now, "messaging": [self.event(part, now) for part in parts]}
         self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
-        self.again()
+        self.deliver(signed=True)
 
-    def event(self, part: Dict[str, Any]) -> Dict[str, Any]:
+    def event(self, part: Dict[str, Any], now: int) -> Dict[str, Any]:
         """Return an event with `part`, and with a mid of its own where it has none."""
         self.sent += 1
         (kind, value), = part.items()
         value = dict({"mid": "m_%d" % self.sent} if kind in ("message", "postback") else {}, **value)
         sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
-        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": messenger_time(), kind: value}
+        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": now, kind: value}
 
-    def batch(self) -> None:
-        """Deliver three messages at once."""
-        self.bring(*({"message": {"text": text}} for text in ("one", "two", "three")))
-
-    def again(self) -> None:
-        """Bring the last delivery, signed, until it is settled."""
-        if not self.body:
-            self.note("(nothing has been delivered yet)")
-            return
-        self.deliver({"X-Hub-Signature-256": signature(self.secret, self.body)})
-
-    def unsigned(self) -> None:
-        """Deliver something as anybody could who knows the URL."""
-        self.body = self.body or b"{}"
-        self.deliver({})
-
-    def deliver(self, signed: Fields) -> None:
+    def deliver(self, signed: bool) -> None:
         """Bring the delivery `body` as Messenger does: until it is answered with something else than a 503."""
+        fields = {"X-Hub-Signature-256": signature(self.secret, self.body)} if signed else {}
         said, status = self.said, 503
         self.tape.clear()
         for _ in range(BRINGS):
-            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *lines_of(signed).splitlines(), self.body.decode())
-            status, _, answer = self.messenger.call("POST", "/webhook", self.body, signed)
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *lines_of(fields).splitlines(), self.body.decode())
+            status, _, answer = self.messenger.call("POST", "/webhook", self.body, fields)
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
                 break
@@ -1576,7 +1488,7 @@ class Chat:
 
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
-CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report, so it takes ten at most
+CHECK_SECONDS = 4.0  # for an answer; what does not answer ends its part of the report
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
 Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how to mend it
 ENDED_TOKENS = {"458": "ended when the app was removed from the page", "460": "ended with a change of password",
@@ -1586,8 +1498,7 @@ ADVICE: Sequence[Tuple[Any, str]] = (
                                    "or check this host's clock and SSL_CERT_FILE"),
     (ssl.SSLError, "what is there does not speak TLS: check {where}"),
     (socket.gaierror, "the name cannot be looked up: check it, and the network of this host"),
-    ((socket.timeout, concurrent.futures.TimeoutError), "it does not answer within {seconds:g} s: check the network, "
-                                                        "the firewall, and {where}"),
+    ((socket.timeout, Late), "it does not answer within {seconds:g} s: check the network, the firewall, and {where}"),
     (ConnectionRefusedError, "nothing listens there: check {where}"),
     (ConnectionError, "it closes the connection without an answer: check {where}"),
     (http.client.InvalidURL, "its port is not a number: check {where}"),
@@ -1620,27 +1531,29 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Proxies,
         yield False, "settings", "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret"
     if settings.token and settings.secret:
         yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
+    deadlines = Deadlines(time.monotonic)
+    threading.Thread(target=deadlines.watch, args=(threading.Event(),), daemon=True).start()
     if settings.token:
-        yield from graph_findings(settings, Client(settings.graph_url, seconds, Deadlines(time.monotonic), proxies))
+        yield from graph_findings(settings, Client(settings.graph_url, seconds, deadlines, proxies))
     if url and not valid_url(url):
         yield False, "URL", "it is not one: give the callback URL, without ? and #, like https://example.com/webhook"
     elif url:
         url += "" if urllib.parse.urlsplit(url).path else "/"
-        yield from webhook_findings(settings, Client(url, seconds, Deadlines(time.monotonic), proxies))
+        yield from webhook_findings(settings, Client(url, seconds, deadlines, proxies))
 
 
 def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     """Yield what Graph says of the token, the secret and the subscription."""
     graph, what = Graph(settings, client), "token"
     try:
-        page = within(client.timeout, lambda: graph.call("GET", "/me?fields=id,name&"))
+        page = graph.call("GET", "/me?fields=id,name&")
         yield True, what, "it is valid, of \"%s\", id %s" % (page.get("name"), page.get("id"))
         what = "subscription"
-        apps = within(client.timeout, lambda: graph.call("GET", "/me/subscribed_apps?")).get("data")
+        apps = graph.call("GET", "/me/subscribed_apps?").get("data")
         yield subscription([app for app in as_list(apps) if isinstance(app, dict)])
     except ForGood as refusal:
         yield refused(what, refusal.error)
-    except (Passing, concurrent.futures.TimeoutError) as error:
+    except Passing as error:
         yield False, what, "Graph at %s: %s" % (client.host, advice(error, client, "GRAPH_URL"))
     finally:
         client.close()
@@ -1675,8 +1588,8 @@ def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     if not client.context:
         yield False, "URL", "it is not https, and Messenger calls nothing else: put a proxy with a certificate in front"
     try:
-        yield from answers(settings, lambda *call: within(client.timeout, lambda: client.call(*call)))
-    except (*NO_ANSWER, concurrent.futures.TimeoutError) as error:
+        yield from answers(settings, client.call)
+    except NO_ANSWER as error:
         yield False, "webhook", advice(error, client, "the address and the port, and that the bot runs")
     finally:
         client.close()
@@ -1735,20 +1648,6 @@ def advice(error: BaseException, client: Client, where: str) -> str:
     return "by way of the proxy %s, %s" % (client.proxy, text) if client.proxy else text
 
 
-def within(seconds: float, call: Callable[[], Any]) -> Any:
-    """Return what `call` returns; raise what it raises, or a time-out: the look-up of a name has none of its own."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-
-    def run() -> None:
-        try:
-            future.set_result(call())
-        except Exception as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future.result(seconds)
-
-
 # ---- The commands --------------------------------------------------------------------------------------------------
 
 class LogFormat(logging.Formatter):
@@ -1784,6 +1683,9 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+SIGNALS = signal.SIGINT, signal.SIGTERM  # which end the program
+
+
 def serve(environ: Mapping[str, str]) -> int:
     """Serve until a signal, and end the program; return the exit status where it cannot even start."""
     try:
@@ -1799,7 +1701,9 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d: %s; set HOST to an address of this host, and PORT to one that is "
               "free and above 1023" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
-    signals = catch_signals()
+    signals: List[int] = []
+    for number in SIGNALS:
+        signal.signal(number, lambda number, _: signals.append(number))  # no handler can safely do more
     announce(settings, bot.server_address)
     threading.Thread(target=bot.serve_forever, daemon=True).start()
     while not signals:
@@ -1809,18 +1713,10 @@ def serve(environ: Mapping[str, str]) -> int:
     os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
 
 
-def catch_signals() -> List[int]:
-    """Return a list that gets the signals which end the program: a handler can do no more than that in safety."""
-    signals: List[int] = []
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda number, _: signals.append(number))
-    return signals
-
-
 def finish(bot: Bot) -> int:
     """Finish what is under way; return how many replies are left."""
     bot.shutdown()
-    for number in signal.SIGINT, signal.SIGTERM:
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     bot.close()
@@ -1855,19 +1751,17 @@ def within_host(limits: Limits) -> Limits:
         return limits
     threads = limits.connections + limits.senders + limits.crew
     files = threads + limits.senders
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):  # a host may not let it have more
-        more = files + SPARE_FILES if hard == resource.RLIM_INFINITY else min(files + SPARE_FILES, hard)
-        if soft != resource.RLIM_INFINITY and soft < more:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
-            soft = more
+    soft, hard = (sys.maxsize if most == resource.RLIM_INFINITY else most
+                  for most in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < min(files + SPARE_FILES, hard):
+        with contextlib.suppress(ValueError, OSError):  # a host may not let it have more
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(files + SPARE_FILES, hard), hard))
+        soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     data = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    room = 1.0 if soft == resource.RLIM_INFINITY else (soft - SPARE_FILES) / files
-    if data != resource.RLIM_INFINITY:
-        room = min(room, (data - SPARE_BYTES) / (threads * THREAD_BYTES))
-    connections, senders, crew = (
-        max(1, int(most * min(room, 1.0))) for most in (limits.connections, limits.senders, limits.crew))
-    return limits._replace(connections=connections, senders=senders, crew=crew)
+    memory = 1.0 if data == resource.RLIM_INFINITY else (data - SPARE_BYTES) / (threads * THREAD_BYTES)
+    room = min(1.0, memory, (soft - SPARE_FILES) / files)
+    return limits._replace(**{name: max(1, int(getattr(limits, name) * room))
+                              for name in ("connections", "senders", "crew")})
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
