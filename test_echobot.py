@@ -265,6 +265,11 @@ class MadeYours(BotTest):
                 self.assertEqual((answer[0], self.request(bot, "GET", "/healthz")[0]), (500, 200))
 
 
+    def test_reply_has_room_for_100_nested_calls(self):
+        bot = self.start_yours("nest = lambda left: 'deep' if left == 1 else nest(left - 1); return nest(99)")
+        self.assertEqual(self.deliver(bot, delivery(message())), (200, "ok"))
+
+
 class Delivery(BotTest):
     def test_a_signed_delivery_is_echoed_once_and_answered_ok(self):
         graph = self.start_graph()
