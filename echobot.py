@@ -95,7 +95,7 @@ SPARE_BYTES = 26 * 1024**2   # left to the interpreter
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
-OWN_PAGES = -3, 64 * 1024    # M_MMAP_THRESHOLD: what is larger is given back when it is free, wherever it lies
+TRIM = 60.0                  # s between two times that glibc is asked for what is free: it keeps what it ever had
 TICK = 0.02                  # s between two looks at the deadlines
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
@@ -1077,10 +1077,12 @@ class Connection(socketserver.StreamRequestHandler):
     def serve(self) -> bool:
         """Read a request and answer it; return whether the connection can be used again."""
         try:
-            request = read_request(self.rfile, self.wfile)
+            request: Optional[Request] = read_request(self.rfile, self.wfile)
         except Refusal as refusal:
             return self.refuse(refusal)
         except MemoryError:
+            request = None  # what has been read of it has to go before there is memory for an answer
+        if request is None:
             return self.refuse(NO_MEMORY)
         self.next_step(self.limits.answer, lambda: self.end(self.server.late_answer()))
         answer = self.server.answer(request)
@@ -1701,6 +1703,7 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d: %s; set HOST to an address of this host, and PORT to one that is "
               "free and above 1023" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
+    give_back_memory(bot.deadlines)
     signals: List[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: signals.append(number))  # no handler can safely do more
@@ -1799,11 +1802,18 @@ def tune_interpreter() -> None:
     sys.setswitchinterval(SWITCH)
     with contextlib.suppress(Exception):  # there is no glibc, or no ctypes
         import ctypes
-        for setting in ONE_HEAP, OWN_PAGES:
-            ctypes.CDLL(None).mallopt(*setting)
+        ctypes.CDLL(None).mallopt(*ONE_HEAP)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def give_back_memory(deadlines: Deadlines) -> None:
+    """Have glibc return what is free to the system, now and every so often: else it keeps what a burst has taken."""
+    deadlines.set(TRIM, functools.partial(give_back_memory, deadlines))
+    with contextlib.suppress(Exception):
+        import ctypes
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 if __name__ == "__main__":
