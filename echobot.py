@@ -244,9 +244,10 @@ def signature(secret: str, body: bytes) -> str:
 
 def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
     """Raise Refusal, with what is wrong, unless `given` is the signature of `body`."""
-    formed = re.fullmatch("sha256=[0-9a-fA-F]{64}", given or "")
-    if given and formed and hmac.compare_digest(given.lower(), signature(secret, body)):
+    same = (given or "")[:7] + (given or "")[7:].lower()  # the hex digits, and only they, may be in upper case
+    if hmac.compare_digest(same.encode("latin-1"), signature(secret, body).encode()):
         return
+    formed = re.fullmatch("sha256=[0-9a-fA-F]{64}", given or "")
     trouble = "is missing" if given is None else "does not match: check APP_SECRET" if formed else "is malformed"
     raise Refusal(403, "The delivery is not signed with the app's secret.",
                   "delivery refused: X-Hub-Signature-256 " + trouble)
@@ -409,6 +410,7 @@ FIELD = re.compile(r"^(%s):([\t -~\x80-\xff]*)\r?$" % TOKEN, re.M)
 AUTHORITY = re.compile("^https?://[^/?]*", re.I)
 HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 END_OF_HEAD = re.compile(rb"\n\r?\n")
+TLS_HELLO = b"\x16"  # which begins no line of HTTP
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
@@ -417,6 +419,8 @@ def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
     end = END_OF_HEAD.search(file.peek(1))
     if end and not head:  # all of it has come, as a rule
         return file.read(end.end()).decode("latin-1")
+    if file.peek(1)[:1] == TLS_HELLO:
+        raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
     while not head.endswith((b"\n\r\n", b"\n\n")):
         line = file.readline(LINE_BYTES)
         if len(line) == LINE_BYTES or len(head) > HEAD_BYTES:
@@ -865,13 +869,15 @@ class Outbox:
 
     def enter(self, replies: Sequence[Owed], size: int) -> List[str]:
         """Line up the replies that are new; return whose lines are new."""
-        new = {owed.key: owed for owed in reversed(replies)  # of two events with the same mid the first counts
-               if owed.key not in self.pending and owed.key not in self.settled}
+        new: Dict[bytes, Owed] = {}
+        for owed in replies:
+            if not (owed.key in self.settled or owed.key in self.pending):
+                new.setdefault(owed.key, owed)
         full = len(self.pending) + len(new) > self.limits.pending or self.size + size > self.limits.pending_bytes
         if new and full:
             raise Refusal(503, "Too many replies are pending: bring it again.")
         fresh = []
-        for key, owed in reversed(list(new.items())):
+        for key, owed in new.items():
             owed.size = size // len(new)
             self.size += owed.size
             self.pending[key] = owed
@@ -992,13 +998,10 @@ class Answer(NamedTuple):
 NO_MEMORY = Refusal(503, "There is no memory left for this: bring it again.")
 BUG = Answer(500, "Something is wrong here.")
 Respond = Callable[[Request], Answer]
-TLS_HELLO = b"\x16"  # which begins no request
 
 
 def read_request(file: io.BufferedReader, client: Any) -> Request:
     """Return the next request; raise Refusal if it is not one.  To `client` goes what tells it to go on, if it asks."""
-    if file.peek(1)[:1] == TLS_HELLO:
-        raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
     head = read_head(file)
     match = REQUEST_LINE.match(head)
     if match is None:
