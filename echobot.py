@@ -92,10 +92,12 @@ SWITCH = 0.02                # s that a thread may hold the interpreter: each le
 #                              and every 5 ms, the default, hundreds that wait would wake up for nothing
 THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its TLS connection to Graph
 SPARE_BYTES = 26 * 1024**2   # left to the interpreter
+ACCEPTORS = 8                # threads that accept: with one, 256 connections at once took 3 s, with eight 0.6
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
 TRIM = 60.0                  # s between two times that glibc is asked for what is free: it keeps what it ever had
+LOOK = 0.5                   # s between two looks at whether to stop, where nothing wakes a thread for it
 TICK = 0.02                  # s between two looks at the deadlines
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
@@ -1146,7 +1148,7 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.places = threading.BoundedSemaphore(limits.connections)
         self.sockets: Set[socket.socket] = set()  # which have a place
         self.idle: Dict[Connection, bool] = {}    # which wait for a request
-        self.closed = threading.Event()
+        self.accepting, self.accepted, self.closed = True, threading.Event(), threading.Event()
         super().__init__(found[4], Connection)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
@@ -1156,20 +1158,49 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         super().server_bind()
 
-    def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
-        """Serve until `shutdown`."""
+    def serve_forever(self, poll_interval: float = LOOK) -> None:
+        """Serve until `shutdown`, for which each `poll_interval` seconds is looked.
+
+        Several threads accept: whoever starts a connection's thread waits for the interpreter several times, and
+        hundreds of busy threads before it each time, so that one alone would take a burst of hundreds in seconds.
+        """
         threading.Thread(target=self.deadlines.watch, args=(self.closed,), daemon=True).start()
-        super().serve_forever(poll_interval)
+        self.socket.settimeout(None if sys.platform == "linux" else poll_interval)  # there `shutdown` wakes all of them
+        acceptors = [threading.Thread(target=self.accept, daemon=True) for _ in range(ACCEPTORS)]
+        for acceptor in acceptors:
+            acceptor.start()
+        for acceptor in acceptors:
+            acceptor.join()
+        self.accepted.set()
+
+    def accept(self) -> None:
+        """Give one connection after another to a thread of its own, until `shutdown`."""
+        while self.accepting:
+            with contextlib.suppress(OSError):  # there is none, or none can be had now
+                connection, address = self.get_request()
+                try:
+                    self.process_request(connection, address)
+                except Exception:
+                    self.handle_error(connection, address)
+                    self.shutdown_request(connection)
+
+    def shutdown(self) -> None:
+        """Accept no more, and wait until that is so."""
+        self.accepting = False
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.accepted.wait(self.limits.linger)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Return the next connection; raise OSError where none can be had now, after a pause that keeps it calm."""
-        if not self.places.acquire(timeout=2 * TICK):
+        if not self.places.acquire(timeout=LOOK):
             raise OSError("every place is taken")
         try:
             connection, address = super().get_request()
-        except OSError:
+        except OSError as error:
             self.places.release()
-            self.closed.wait(TICK)
+            if not isinstance(error, socket.timeout):
+                self.closed.wait(TICK)
             raise
         self.sockets.add(connection)
         return connection, address
@@ -1397,7 +1428,7 @@ class Chat:
     def run(self) -> int:
         """Talk until the input ends; return the exit status."""
         for server in self.graph, self.bot:
-            threading.Thread(target=server.serve_forever, args=(TICK / 5,), daemon=True).start()
+            threading.Thread(target=server.serve_forever, daemon=True).start()
         if self.terminal:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
         try:
