@@ -30,11 +30,11 @@ the delivery was brought again to another process.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
+import _thread
 import argparse
 import base64
 import bisect
 import collections
-import concurrent.futures
 import contextlib
 import email.utils
 import functools
@@ -60,7 +60,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = "1.0"
 log = logging.getLogger("echobot")
@@ -92,15 +92,12 @@ SWITCH = 0.02                # s that a thread may hold the interpreter: each le
 #                              and every 5 ms, the default, hundreds that wait would wake up for nothing
 THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its TLS connection to Graph
 SPARE_BYTES = 26 * 1024**2   # left to the interpreter
-ACCEPTORS = 8                # threads that accept: with one, 256 connections at once took 3 s, with eight 0.6
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
 TRIM = 60.0                  # s between two times that glibc is asked for what is free: it keeps what it ever had
-LOOK = 0.5                   # s between two looks at whether to stop, where nothing wakes a thread for it
 TICK = 0.02                  # s between two looks at the deadlines
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
-FRESH = 1.0                  # s for which an idle connection is not looked at before use: no server closes so soon
 
 
 class Limits(NamedTuple):
@@ -549,7 +546,8 @@ class Deadlines:
     def watch(self, closed: threading.Event) -> None:
         """Act on those that are missed until `closed` is set: the work of a thread, the watch."""
         while not closed.wait(TICK):
-            self.enforce()
+            with contextlib.suppress(MemoryError):  # what is missed stays so until there is some
+                self.enforce()
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -664,7 +662,7 @@ class Client:
         with contextlib.suppress(IndexError):
             while True:
                 link = self.idle.pop()
-                if self.deadlines.clock() - link.since < FRESH or not link.spent():
+                if not link.spent():
                     return link
                 link.close()
         return None
@@ -708,8 +706,9 @@ class Client:
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        while self.idle:
-            self.idle.pop().close()
+        with contextlib.suppress(IndexError):
+            while True:
+                self.idle.pop().close()
 
 
 def lines_of(fields: Fields) -> str:
@@ -850,7 +849,8 @@ class Outbox:
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.lines: Dict[str, Deque[Owed]] = {}
         self.senders = threading.BoundedSemaphore(limits.senders)  # deliveries' threads that send
-        self.crew = concurrent.futures.ThreadPoolExecutor(limits.crew)
+        self.waiting: Deque[str] = collections.deque()      # whose lines the crew is to send
+        self.crew = 0                                       # threads of it
         self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
     def deliver(self, replies: Sequence[Owed], size: int) -> List[Owed]:
@@ -861,7 +861,7 @@ class Outbox:
             joined = [self.pending[owed.key] for owed in replies if owed.key in self.pending]
         own = fresh.pop() if fresh and self.senders.acquire(blocking=False) else None
         for recipient in fresh:
-            self.hand_over(self.send_line, recipient)
+            self.hand_over(recipient)
         if own:
             try:
                 self.send_line(own, joined)
@@ -889,12 +889,32 @@ class Outbox:
             line.append(owed)
         return fresh
 
-    def hand_over(self, *work: Any) -> None:
-        """Give the crew work; where no thread can be had it stays in the crew's queue until one can."""
-        try:
-            self.crew.submit(*work)
-        except RuntimeError:  # any further work, such as `int`, has the crew try to start a thread again
-            self.deadlines.set(1.0, functools.partial(self.hand_over, int))
+    def hand_over(self, *recipients: str) -> None:
+        """Have persons' lines sent by the crew, by a new thread of it if there may be more."""
+        with self.lock:
+            self.waiting.extend(recipients)
+            more = bool(self.waiting) and self.crew < self.limits.crew
+            self.crew += more
+        if more:
+            try:
+                _thread.start_new_thread(self.send_lines, ())
+            except (RuntimeError, MemoryError):  # none can be had now
+                with self.lock:
+                    self.crew -= 1
+                self.deadlines.set(1.0, self.hand_over)
+
+    def send_lines(self) -> None:
+        """Send one line after another until none waits: the work of a thread of the crew.
+
+        A pool of concurrent.futures would wait for its threads to begin, holding its lock, and would never end them.
+        """
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.crew -= 1
+                    return
+                recipient = self.waiting.popleft()
+            self.send_line(recipient)
 
     def send_line(self, recipient: str, until: Sequence[Owed] = ()) -> None:
         """Send a person's replies, until none is left, one has to wait, or all of `until` have ended."""
@@ -906,7 +926,7 @@ class Outbox:
                     del self.lines[recipient]
                     return
             if until and all(owed.ended.is_set() for owed in until):
-                self.hand_over(self.send_line, recipient)
+                self.hand_over(recipient)
                 return
 
     def send_reply(self, owed: Owed) -> bool:
@@ -923,7 +943,7 @@ class Outbox:
         except Passing as failure:
             self.postpone(owed, failure)
             return False
-        except Exception:
+        except BaseException:  # SystemExit too: it must not take the person's line with it
             owed.status = 500
             log.exception("a bug ended the reply to %s, mid %s", owed.recipient, owed.mid)
         self.end(owed)
@@ -934,12 +954,13 @@ class Outbox:
         try:
             while owed.left:
                 self.send(owed.recipient, owed.left[0])
+                self.failing = None
                 owed.left.popleft()
             if owed.text:
                 self.report(owed, self.deadlines.clock() - owed.since)
         except ForGood as refusal:
+            self.failing = None
             log.error("Graph refused the reply to %s, mid %s: %s", owed.recipient, owed.mid, refusal)
-        self.failing = None
 
     def postpone(self, owed: Owed, failure: Passing) -> None:
         """Have the line sent again: after a pause that doubles, less a random part, or as long as the server asks."""
@@ -951,7 +972,7 @@ class Outbox:
         owed.tries += 1
         log.warning("the reply to %s, mid %s, failed for now and is %s in %.1f s: %s",
                     owed.recipient, owed.mid, "tried again" if pause < left else "given up", pause, failure)
-        self.deadlines.set(pause, functools.partial(self.hand_over, self.send_line, owed.recipient))
+        self.deadlines.set(pause, functools.partial(self.hand_over, owed.recipient))
 
     def failing_since(self, now: float) -> Optional[float]:
         """Return since when Graph fails without a break, or None; ten minutes without a call are a break."""
@@ -969,10 +990,9 @@ class Outbox:
         owed.ended.set()
 
 
-def outcome(replies: Sequence[Owed], seconds: float) -> int:
+def outcome(replies: Sequence[Owed], until: float) -> int:
     """Return 200 when all the replies are settled, 500 when a bug has ended one, 503 when one is given up, or has not
-    ended in so many seconds."""
-    until = time.monotonic() + seconds
+    ended by `until`, a time of `time.monotonic`."""
     return max([owed.status if owed.ended.wait(until - time.monotonic()) else 503 for owed in replies], default=200)
 
 
@@ -1054,6 +1074,7 @@ class Connection(socketserver.StreamRequestHandler):
         """Begin the first step: a request has to arrive, counted from the connection."""
         super().setup()
         self.limits, self.deadlines, self.ended = self.server.limits, self.server.deadlines, threading.Event()
+        self.deadlines.meet(self.server.sockets[self.request])
         self.ticket = self.deadlines.set(self.limits.request, self.late_request)
 
     def handle(self) -> None:
@@ -1146,9 +1167,9 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.address_family = found[0]
         self.routes, self.limits, self.deadlines, self.closing = routes, limits, Deadlines(clock), False
         self.places = threading.BoundedSemaphore(limits.connections)
-        self.sockets: Set[socket.socket] = set()  # which have a place
-        self.idle: Dict[Connection, bool] = {}    # which wait for a request
-        self.accepting, self.accepted, self.closed = True, threading.Event(), threading.Event()
+        self.sockets: Dict[socket.socket, int] = {}  # which have a place; a ticket, until a thread serves them
+        self.idle: Dict[Connection, bool] = {}       # which wait for a request
+        self.closed = threading.Event()
         super().__init__(found[4], Connection)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
@@ -1158,63 +1179,44 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         super().server_bind()
 
-    def serve_forever(self, poll_interval: float = LOOK) -> None:
-        """Serve until `shutdown`, for which each `poll_interval` seconds is looked.
-
-        Several threads accept: whoever starts a connection's thread waits for the interpreter several times, and
-        hundreds of busy threads before it each time, so that one alone would take a burst of hundreds in seconds.
-        """
+    def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
+        """Serve until `shutdown`."""
         threading.Thread(target=self.deadlines.watch, args=(self.closed,), daemon=True).start()
-        self.socket.settimeout(None if sys.platform == "linux" else poll_interval)  # there `shutdown` wakes all of them
-        acceptors = [threading.Thread(target=self.accept, daemon=True) for _ in range(ACCEPTORS)]
-        for acceptor in acceptors:
-            acceptor.start()
-        for acceptor in acceptors:
-            acceptor.join()
-        self.accepted.set()
-
-    def accept(self) -> None:
-        """Give one connection after another to a thread of its own, until `shutdown`."""
-        while self.accepting:
-            with contextlib.suppress(OSError):  # there is none, or none can be had now
-                connection, address = self.get_request()
-                try:
-                    self.process_request(connection, address)
-                except Exception:
-                    self.handle_error(connection, address)
-                    self.shutdown_request(connection)
-
-    def shutdown(self) -> None:
-        """Accept no more, and wait until that is so."""
-        self.accepting = False
-        with contextlib.suppress(OSError):
-            self.socket.shutdown(socket.SHUT_RDWR)
-        self.accepted.wait(self.limits.linger)
+        super().serve_forever(poll_interval)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Return the next connection; raise OSError where none can be had now, after a pause that keeps it calm."""
-        if not self.places.acquire(timeout=LOOK):
+        if not self.places.acquire(timeout=2 * TICK):
             raise OSError("every place is taken")
         try:
             connection, address = super().get_request()
-        except OSError as error:
+        except (OSError, MemoryError) as error:
             self.places.release()
-            if not isinstance(error, socket.timeout):
-                self.closed.wait(TICK)
-            raise
-        self.sockets.add(connection)
+            self.closed.wait(TICK)
+            raise OSError("no connection can be had") from error
+        self.sockets[connection] = self.deadlines.set(
+            self.limits.request, functools.partial(self.close_request, connection))
         return connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Serve a connection in a thread of its own, without waiting for it.
+
+        `Thread.start` waits until the thread has begun: behind hundreds of busy ones, and for ever where it dies of too
+        little memory before that.  The connection of such a thread is closed by the watch.
+        """
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def close_request(self, request: Any) -> None:
         """Close a connection and give its place to another; twice is once."""
         super().close_request(request)
         with contextlib.suppress(KeyError):
-            self.sockets.remove(request)
+            self.deadlines.open.pop(self.sockets.pop(request), None)
             self.places.release()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what has ended a connection: a bug, or that no thread could be started for it."""
-        log.exception("a connection is lost")
+        with contextlib.suppress(MemoryError):
+            log.exception("a connection is lost")
 
     def answer(self, request: Request) -> Answer:
         """Return the answer to `request`, whatever happens."""
@@ -1297,8 +1299,9 @@ class Bot(WebServer):
             raise Refusal(400, text, "delivery refused: " + text)
         if payload.get("object") != "page":
             log.info("acknowledged a delivery that is not about a page: nothing is owed to it")
+        until = time.monotonic() + self.limits.answer
         replies = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
-        status = outcome(replies, self.limits.answer)
+        status = outcome(replies, until)
         return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
 
     def replies_owed(self, payload: Dict[str, Any]) -> Iterator[Owed]:
@@ -1328,7 +1331,6 @@ class Bot(WebServer):
         """Finish what is under way, and close the connections to Graph."""
         super().close()
         self.client.close()
-        self.outbox.crew.shutdown(wait=False)
 
     def report(self, owed: Owed, seconds: float) -> None:
         """Log that a reply is accepted: whose, and not what, save on a dry run."""
