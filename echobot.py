@@ -1159,7 +1159,6 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-    daemon_threads = True
 
     def __init__(self, host: str, port: int, routes: Dict[str, Dict[str, Respond]], limits: Limits,
                  clock: Callable[[], float]) -> None:
