@@ -1835,6 +1835,7 @@ class Order(PromiseTest):
                                                            message("with it", "m_1", "3")))
         self.until(lambda: len(bot.outbox.pending) == 3)
         self.assertEqual(self.deliver(bot, delivery(message("after it", "m_2", "4"))), (200, "ok"))
+        self.until(lambda: graph.calls.qsize() == 3)
         self.elapse(bot, 4)
         self.assertEqual(answers.get(timeout=WAIT), 503)
         self.assertEqual(set(graph.texts()), {"with it", "hello", "after it"})
