@@ -1429,7 +1429,7 @@ class Chat:
     def run(self) -> int:
         """Talk until the input ends; return the exit status."""
         for server in self.graph, self.bot:
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(TICK / 5,), daemon=True).start()
         if self.terminal:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
         try:
@@ -1835,9 +1835,7 @@ def tune_interpreter() -> None:
         threading.stack_size(STACK_BYTES)
         sys.setrecursionlimit(RECURSION)
     sys.setswitchinterval(SWITCH)
-    with contextlib.suppress(Exception):  # there is no glibc, or no ctypes
-        import ctypes
-        ctypes.CDLL(None).mallopt(*ONE_HEAP)
+    ask_glibc("mallopt", *ONE_HEAP)
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -1846,9 +1844,14 @@ def tune_interpreter() -> None:
 def give_back_memory(deadlines: Deadlines) -> None:
     """Have glibc return what is free to the system, now and every so often: else it keeps what a burst has taken."""
     deadlines.set(TRIM, functools.partial(give_back_memory, deadlines))
+    ask_glibc("malloc_trim", 0)
+
+
+def ask_glibc(function: str, *arguments: int) -> None:
+    """Call a function of the C library; do nothing where that is not glibc, or where there is no ctypes."""
     with contextlib.suppress(Exception):
         import ctypes
-        ctypes.CDLL(None).malloc_trim(0)
+        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 if __name__ == "__main__":
