@@ -15,13 +15,13 @@ The settings are environment variables:
     GRAPH_URL           the Graph API and its version; default https://graph.facebook.com/v26.0
     LOG_LEVEL           DEBUG, INFO (the default), WARNING, ERROR or CRITICAL; the log goes to standard error
 
-The life of a message:
+The life of a message, in one thread, whose `Loop` lets all tasks that wait for a network take turns:
 
- 1. Messenger POSTs a delivery to the webhook.  A thread of its own reads it (`read_request`), within bounds.
+ 1. Messenger POSTs a delivery to the webhook.  A `Connection` reads it (`read_request`), within bounds.
  2. `handle_messages` checks its signature, and only then parses it.
  3. `messaging_events` finds the events in it, and `owed_to` which of them are owed a reply.
- 4. The `Outbox` asks `reply`, the one function to make your own, what to say, and sends that once, in each person's
-    order, until Graph has accepted or refused it.
+ 4. The `Outbox` asks `reply`, the one function to make your own, what to say (in a thread of the `Crew`, for it may
+    take its time), and sends that once, in each person's order, until Graph has accepted or refused it.
  5. Then the delivery is answered 200.  What takes longer than 4 s is answered 503, and goes on in the background:
     Messenger brings the delivery again, and finds its replies under way or sent.
 
@@ -46,12 +46,12 @@ import itertools
 import json
 import logging
 import os
+import queue
 import random
 import re
-import select
+import selectors
 import signal
 import socket
-import socketserver
 import ssl
 import sys
 import threading
@@ -60,7 +60,8 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import (Any, Callable, Deque, Dict, Generator, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+                    Tuple, TypeVar, Union)
 
 __version__ = "1.0"
 log = logging.getLogger("echobot")
@@ -81,22 +82,17 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 # ---- Limits --------------------------------------------------------------------------------------------------------
 
 TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for a text
-JSON_DEPTH = 100             # levels; Messenger sends about ten, and the parser recurses on a small stack
+JSON_DEPTH = 100             # levels; Messenger sends about ten, and the parser recurses
 LINE_BYTES = 8 * 1024        # of a request line or one header field, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its routers send about one KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
-PIECE_BYTES = 64 * 1024      # read at a time of a body, however much is announced
-STACK_BYTES = 384 * 1024     # of a thread: a host with 64 MiB has room for a hundred, and of the usual 8 MiB for four
-RECURSION = 160              # calls: the bot makes 60, and what recurses for ever must end before such a stack does
-SWITCH = 0.02                # s that a thread may hold the interpreter: each lets go by itself when it reads or writes,
-#                              and every 5 ms, the default, hundreds that wait would wake up for nothing
-THREAD_BYTES = 544 * 1024    # of a thread in all: its stack, its buffers, its TLS connection to Graph
-SPARE_BYTES = 26 * 1024**2   # left to the interpreter
+PIECE_BYTES = 16 * 1024      # read at a time: a whole TLS record, for no selector sees what TLS keeps of one
+FAIR_BYTES = 64 * 1024       # of a message that is read however many others are: nearly all have less
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
-ONE_HEAP = -8, 1             # M_ARENA_MAX of glibc: else up to 8 heaps a core, which grow for hours and never shrink
-TRIM = 60.0                  # s between two times that glibc is asked for what is free: it keeps what it ever had
-TICK = 0.02                  # s between two looks at the deadlines
+SPARE_BYTES = 32 * 1024**2   # of memory, left to the interpreter and the first threads
+FULL_BYTES = 128 * 1024**2   # further ones that are used up where `held` and `pending_bytes` are: JSON takes more, parsed
+TICK = 0.02                  # s between two looks at the clock, and at the crew's work
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 
 
@@ -107,11 +103,12 @@ class Limits(NamedTuple):
     request: float = 10.0       # for a request to arrive whole: deliveries are small
     idle: float = 120.0         # for a connection between requests: Heroku's router keeps 90, and must close first
     linger: float = 2.0         # for a client to read why it was refused
-    connections: int = 500      # at once, a thread each; more wait in the backlog
-    senders: int = 300          # deliveries' threads that send to Graph at once: its 300 a second, at 1 s each
-    crew: int = 100             # further threads that do, for deliveries of several people and for second tries
+    connections: int = 500      # at once; more wait in the backlog
+    senders: int = 300          # persons' replies on their way to Graph at once: its 300 a second, at 1 s each
+    crew: int = 100             # threads for replies that take their time, and for connecting
     pending: int = 10_000       # replies not settled yet: minutes of them, and Messenger keeps what is beyond
-    pending_bytes: int = 16 * 1024**2  # of the deliveries that they came in; once parsed, several times as much
+    pending_bytes: int = 16 * 1024**2  # of the deliveries that they came in
+    held: int = 32 * 1024**2    # bytes of all messages that are being read or dealt with
     remembered: int = 10_000    # settled replies that are not sent again: half a minute at Graph's 300 a second
     retry: float = 60.0         # from the first try of a reply until it is given up
     first_pause: float = 0.5    # before the second try; each further pause is twice as long
@@ -238,7 +235,7 @@ def as_bytes(text: str) -> bytes:
 
 def signature(secret: str, body: bytes) -> str:
     """Return the X-Hub-Signature-256 of `body`, the raw bytes of a delivery."""
-    return "sha256=" + hmac.digest(secret.encode(), body, "sha256").hex()
+    return "sha256=" + hmac.new(secret.encode(), body, "sha256").hexdigest()
 
 
 def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
@@ -255,7 +252,7 @@ def verify_signature(given: Optional[str], secret: str, body: bytes) -> None:
 def parse_json(raw: bytes) -> Any:
     """Return the value of `raw`; raise ValueError if it is not JSON in UTF-8, or nested deeper than JSON_DEPTH.
 
-    Python's parser recurses in C: in a thread with a small stack a deep text would end the process.
+    Python's parser recurses in C, as deep as a version of it allows: where the stack is small it would end the process.
     """
     text = raw.decode("utf-8")
     if text.count("[") + text.count("{") > JSON_DEPTH and depth(text) > JSON_DEPTH:
@@ -296,16 +293,16 @@ class Owed:
         self.text: Optional[str] = None     # what `reply` says, when it has been asked
         self.left: Deque[str] = collections.deque()     # pieces of it, still to be sent
         self.size, self.tries, self.since = 0, 0, 0.0   # its share of the delivery's bytes; so far; of the first
-        self.ended, self.status = threading.Event(), 200  # 503 when given up, 500 when a bug ended it
+        self.ended, self.status = False, 200            # 503 when given up, 500 when a bug ended it
+        self.waiting: List[Task] = []                   # the deliveries that wait for it
 
     def ask(self, reply: Reply) -> None:
-        """Ask `reply` what to say, once; raise TypeError if that is no text."""
-        if self.text is None:
-            text = reply(self.message)
-            if not isinstance(text, (str, type(None))):
-                raise TypeError("reply returned %s: it has to return a text, or None" % type(text).__name__)
-            self.text = text or ""
-            self.left.extend(pieces(self.text))
+        """Ask `reply` what to say; raise TypeError if that is no text."""
+        text = reply(self.message)
+        if not isinstance(text, (str, type(None))):
+            raise TypeError("reply returned %s: it has to return a text, or None" % type(text).__name__)
+        self.left.extend(pieces(text or ""))
+        self.text = text or ""
 
 
 def messaging_events(payload: Any) -> Iterator[Tuple[str, Any]]:
@@ -394,6 +391,312 @@ def inside_character(text: str, at: int) -> bool:
             or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
 
 
+# ---- The loop: all that waits for a network, in one thread ---------------------------------------------------------
+#
+# A task is a generator.  Where it has to wait it yields, until it is woken; then it looks whether what it waits for is
+# there, and yields again if not, for it may be woken in vain.  Hundreds of threads would read better still, but they
+# hand the interpreter on at each read and write, and that cost them half of the processor's time.
+
+T = TypeVar("T")
+Steps = Generator[None, None, T]
+READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
+
+
+class Late(BaseException):
+    """The time that a task had is over: no Exception, which the task's parts may catch for other reasons."""
+
+
+class Task:
+    """Steps that are under way, and in the end what they returned or raised."""
+
+    def __init__(self, steps: Steps[Any]) -> None:
+        self.steps = steps
+        self.late = False     # to be told so
+        self.awaited = False  # by `Loop.run`, which says what was raised; else it is logged
+        self.ended, self.value = False, None
+        self.error: Optional[BaseException] = None
+
+
+class Loop:
+    """Lets tasks take turns: those whose socket is ready, whose time is over, or whom another task has woken."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, limits: Limits = Limits()) -> None:
+        self.clock, self.limits, self.crew = clock, limits, Crew(self, limits.crew)
+        self.tasks: Set[Task] = set()
+        self.task: Task  # whose turn it is
+        self.woken: Deque[Task] = collections.deque()
+        self.numbers, self.looked = itertools.count(), 0.0  # of timers; when the clock was last looked at
+        self.timers: Dict[int, Tuple[float, Callable[[], None]]] = {}
+        self.held = 0        # bytes of messages that are being read, or dealt with
+        self.asleep = False  # or about to be
+        self.selector = selectors.DefaultSelector()
+        self.bell, self.rope = socket.socketpair()
+        for end in self.bell, self.rope:
+            end.setblocking(False)
+        self.selector.register(self.bell, READ, lambda: self.bell.recv(PIECE_BYTES))
+
+    def start(self, steps: Steps[Any]) -> Task:
+        """Return a task that takes these steps, beginning with the next turn."""
+        task = Task(steps)
+        self.tasks.add(task)
+        self.woken.append(task)
+        return task
+
+    def run(self, steps: Steps[T]) -> T:
+        """Return what these steps return, or raise what they raise; all other tasks go on meanwhile."""
+        task = self.start(steps)
+        task.awaited = True
+        self.run_until(lambda: task.ended)
+        if task.error:
+            raise task.error
+        return task.value  # type: ignore[return-value]
+
+    def run_until(self, done: Callable[[], bool]) -> None:
+        """Let the tasks take turns until `done`."""
+        while not done():
+            try:
+                self.wait()
+                for _ in range(len(self.woken)):
+                    self.step(self.woken.popleft())
+            except Exception:  # what is left of this turn comes in the next one
+                log.exception("a bug in the loop")
+
+    def wait(self) -> None:
+        """Wake the tasks whose socket is ready or whose time is over; wait for a tick at most until there is one."""
+        self.asleep = True
+        ready = self.selector.select(0 if self.woken else TICK)
+        self.asleep = False
+        for key, _ in ready:
+            key.data()
+        if time.monotonic() - self.looked >= TICK:
+            self.looked = time.monotonic()
+            self.keep_time()
+            self.crew.grow()
+
+    def step(self, task: Task) -> None:
+        """Let a task go on until it has to wait."""
+        if task.ended:
+            return
+        self.task, late, task.late = task, task.late, False
+        try:
+            task.steps.throw(Late()) if late else next(task.steps)
+            return
+        except StopIteration as end:
+            task.value = end.value
+        except BaseException as error:
+            task.error = error
+            if not task.awaited:
+                log.exception("a bug ended a task")
+        task.ended = True
+        self.tasks.remove(task)
+
+    def wake_from_thread(self, task: Task) -> None:
+        """Wake a task, called by another thread than the loop's."""
+        self.woken.append(task)
+        if self.asleep:
+            self.asleep = False
+            with contextlib.suppress(OSError):  # it rings already, or the loop is closed
+                self.rope.send(b"\0")
+
+    def at(self, seconds: float, act: Callable[[], None]) -> int:
+        """Have `act` called in so many seconds; return the timer's number."""
+        number = next(self.numbers)
+        self.timers[number] = self.clock() + seconds, act
+        return number
+
+    def keep_time(self) -> None:
+        """Call what is due."""
+        now = self.clock()
+        for number, (when, act) in list(self.timers.items()):
+            if when <= now and number in self.timers:
+                del self.timers[number]
+                act()
+
+    @contextlib.contextmanager
+    def within(self, seconds: float) -> Iterator[None]:
+        """Raise Late in the steps under `with`, where they wait, unless they are done in so many seconds."""
+        def make_late(task: Task = self.task) -> None:
+            task.late = True
+            self.woken.append(task)
+
+        number = self.at(seconds, make_late)
+        try:
+            yield
+        finally:
+            self.timers.pop(number, None)
+
+    def close(self) -> None:
+        """End the tasks that are left, and give back what the loop has of the system's."""
+        for task in self.tasks:
+            task.steps.close()
+        self.crew.close()
+        self.selector.close()
+        self.bell.close()
+        self.rope.close()
+
+
+class Crew:
+    """Threads for what blocks: `reply`, which may be anybody's code, and connecting.
+
+    One of them does the jobs as they come, for most are done at once.  Those that still wait a tick later get a thread
+    each, which ends when there is nothing left to do.
+    """
+
+    def __init__(self, loop: Loop, most: int) -> None:
+        self.loop, self.most, self.waited = loop, most, 0
+        self.threads: Set[int] = set()  # those that have begun
+        self.jobs: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
+
+    def do(self, function: Callable[..., T], *arguments: Any) -> Steps[T]:
+        """Return what `function` returns, or raise what it raises."""
+        task = self.loop.task
+        returned: List[T] = []
+        raised: List[BaseException] = []
+
+        def job() -> None:
+            try:
+                returned.append(function(*arguments))
+            except BaseException as error:  # SystemExit too: it is not the thread's to end by
+                raised.append(error)
+            self.loop.wake_from_thread(task)
+
+        self.jobs.put(job)
+        while not (returned or raised):
+            yield
+        if raised:
+            raise raised[0]
+        return returned[0]
+
+    def grow(self) -> None:
+        """Start a thread for each job that has waited since the last tick, and always the first.
+
+        Without waiting until it runs: where memory is short it may never.
+        """
+        waiting = self.jobs.qsize()
+        needed = min(self.waited, waiting) if self.threads else 1
+        with contextlib.suppress(RuntimeError, MemoryError):  # none can be had now
+            for _ in range(min(needed, self.most - len(self.threads))):
+                _thread.start_new_thread(self.work, ())
+        self.waited = waiting
+
+    def work(self) -> None:
+        """Do jobs until there is none; then, as the last thread, wait for more."""
+        self.threads.add(_thread.get_ident())
+        try:
+            while len(self.threads) == 1 or not self.jobs.empty():
+                job = self.jobs.get()
+                if not job:
+                    return
+                job()
+        finally:
+            self.threads.remove(_thread.get_ident())
+
+    def close(self) -> None:
+        """Let the last thread end."""
+        self.jobs.put(None)
+
+
+class Stream:
+    """A connection's socket, and what has come from it and is not read yet."""
+
+    def __init__(self, loop: Loop, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.loop, self.sock, self.ahead = loop, sock, bytearray()
+        self.held = 0     # bytes that have come of the message under way
+        self.watched = 0  # the events that the selector looks for
+        self.task: Optional[Task] = None  # who waits for them
+
+    def wait(self, events: int) -> Steps[None]:
+        """Wait until the socket is ready, or for nothing."""
+        if events != self.watched:
+            self.watch(events)
+        self.task = self.loop.task
+        try:
+            yield
+        finally:
+            self.task = None
+
+    def watch(self, events: int) -> None:
+        """Have the selector look for `events`; 0 for none."""
+        if not events:
+            self.loop.selector.unregister(self.sock)
+        elif self.watched:
+            self.loop.selector.modify(self.sock, events, self.happened)
+        else:
+            self.loop.selector.register(self.sock, events, self.happened)
+        self.watched = events
+
+    def happened(self) -> None:
+        """Wake who waits for the socket; where nobody does, look no more, for it would happen again and again."""
+        if self.task:
+            self.loop.woken.append(self.task)
+        else:
+            self.watch(0)
+
+    def more(self) -> Steps[bool]:
+        """Wait for more to read ahead; return whether there is any, False when the other side has ended."""
+        yield from self.wait(READ)
+        piece = yield from self.attempt(READ, self.sock.recv, PIECE_BYTES)
+        self.ahead += piece
+        self.held += len(piece)
+        self.loop.held += len(piece)
+        if self.held > FAIR_BYTES and self.loop.held > self.loop.limits.held:
+            raise Refusal(503, "Too much is being read: bring it again.")
+        return bool(piece)
+
+    def release(self) -> None:
+        """Count no more what has been read of a message that is dealt with."""
+        self.loop.held -= self.held - len(self.ahead)
+        self.held = len(self.ahead)
+
+    def send(self, data: bytes) -> Steps[None]:
+        """Send all of `data`."""
+        while data:
+            sent = yield from self.attempt(WRITE, self.sock.send, data)
+            data = data[sent:]
+
+    def attempt(self, events: int, act: Callable[[Any], T], argument: Any) -> Steps[T]:
+        """Return what `act` returns when the socket lets it; TLS may have to read in order to write."""
+        while True:
+            try:
+                return act(argument)
+            except ssl.SSLWantReadError:
+                yield from self.wait(READ)
+            except ssl.SSLWantWriteError:
+                yield from self.wait(WRITE)
+            except BlockingIOError:
+                yield from self.wait(events)
+
+    def line(self) -> Steps[bytes]:
+        """Return a line, or what there is of it at the end or when it is too long."""
+        while b"\n" not in self.ahead and len(self.ahead) < LINE_BYTES and (yield from self.more()):
+            pass
+        return self.take(min(self.ahead.find(b"\n") + 1 or LINE_BYTES, LINE_BYTES))
+
+    def take(self, count: int) -> bytes:
+        """Return what has been read ahead, `count` bytes of it at most."""
+        taken = bytes(self.ahead[:count])
+        del self.ahead[:count]
+        return taken
+
+    def drop(self) -> None:
+        """Forget what has been read ahead."""
+        self.ahead.clear()
+        self.release()
+
+    def end(self) -> None:
+        """Have who waits for more find the end, after what has come."""
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+
+    def close(self) -> None:
+        """Close the socket."""
+        if self.watched:
+            self.watch(0)
+        self.sock.close()
+        self.drop()
+
+
 # ---- HTTP, as both halves of the bot read it -----------------------------------------------------------------------
 #
 # Python's own parser takes what RFC 9112 has a server refuse (two lengths, folded lines, chunks read as requests), and
@@ -413,21 +716,28 @@ TLS_HELLO = b"\x16"  # which begins no line of HTTP
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_head(file: io.BufferedReader, head: bytes = b"") -> str:
-    """Return `head` and what follows it up to an empty line; raise Refusal if it is too long, or ends before that."""
-    end = END_OF_HEAD.search(file.peek(1))
-    if end and not head:  # all of it has come, as a rule
-        return file.read(end.end()).decode("latin-1")
-    if file.peek(1)[:1] == TLS_HELLO:
-        raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
-    while not head.endswith((b"\n\r\n", b"\n\n")):
-        line = file.readline(LINE_BYTES)
-        if len(line) == LINE_BYTES or len(head) > HEAD_BYTES:
-            raise Refusal(431, "The header fields are too long.") if head else Refusal(414, "The line is too long.")
-        if not line.endswith(b"\n"):
+def read_head(stream: Stream) -> Steps[str]:
+    """Return what comes up to an empty line; raise Refusal if that is too long, or ends before."""
+    looked, end = 0, None
+    while not end:
+        if stream.ahead[:1] == TLS_HELLO:
+            raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
+        end = END_OF_HEAD.search(stream.ahead, max(0, looked - 2))
+        looked = len(stream.ahead)
+        if looked > LINE_BYTES:
+            check_lengths(stream.ahead[:end.end() if end else looked])
+        if not end and not (yield from stream.more()):
             raise Refusal(400, "It broke off.")
-        head += line
-    return head.decode("latin-1")
+    return stream.take(end.end()).decode("latin-1")
+
+
+def check_lengths(head: bytearray) -> None:
+    """Raise Refusal if the lines of a head are too long, or all together are."""
+    first, *others = map(len, head.split(b"\n"))
+    if first >= LINE_BYTES:
+        raise Refusal(414, "The line is too long.")
+    if max(others, default=0) >= LINE_BYTES or len(head) > HEAD_BYTES:
+        raise Refusal(431, "The header fields are too long.")
 
 
 def parse_fields(head: str, start: int) -> Fields:
@@ -465,21 +775,17 @@ def framing(fields: Fields) -> Optional[int]:
     return int(size)
 
 
-def read_body(file: io.BufferedReader, length: int) -> bytes:
+def read_body(stream: Stream, length: int) -> Steps[bytes]:
     """Return the body of a message framed by `length`, bytes or CHUNKED; raise Refusal if it is not whole."""
     if length == CHUNKED:
-        return read_chunks(file)
-    parts = []
-    while length:
-        part = file.read(min(length, PIECE_BYTES))  # an announced body takes no memory before it comes
-        if not part:
+        return (yield from read_chunks(stream))
+    while len(stream.ahead) < length:
+        if not (yield from stream.more()):
             raise Refusal(400, "It broke off.")
-        parts.append(part)
-        length -= len(part)
-    return b"".join(parts)
+    return stream.take(length)
 
 
-def read_chunks(file: io.BufferedReader) -> bytes:
+def read_chunks(stream: Stream) -> Steps[bytes]:
     """Return a chunked body, and read the trailer fields, which say nothing that is needed here.
 
     The lines between the chunks are bounded too, in all as the body is.
@@ -487,7 +793,7 @@ def read_chunks(file: io.BufferedReader) -> bytes:
     parts: List[bytes] = []
     room = lines = BODY_BYTES
     while True:
-        line = file.readline(LINE_BYTES)
+        line = yield from stream.line()
         match = CHUNK_LINE.fullmatch(line)
         if match is None:
             raise Refusal(400, "A chunk is malformed.")
@@ -496,58 +802,13 @@ def read_chunks(file: io.BufferedReader) -> bytes:
         if room < 0 or lines < 0:
             raise Refusal(413, "The body is longer than %d bytes, or in too many chunks." % BODY_BYTES)
         if not size:
-            parse_fields(read_head(file, line), len(line))
+            stream.ahead[:0] = line  # the trailer ends as a head does, and where there is none, with this line
+            parse_fields((yield from read_head(stream)), len(line))
             return b"".join(parts)
-        parts.append(read_body(file, size))
-        if file.read(2) != b"\r\n":
+        parts.append((yield from read_body(stream, size)))
+        if (yield from read_body(stream, 2)) != b"\r\n":
             raise Refusal(400, "A chunk is malformed.")
 
-
-# ---- Deadlines -----------------------------------------------------------------------------------------------------
-
-class Late(Exception):
-    """The deadline is missed, and the watch has acted."""
-
-
-class Deadlines:
-    """Who has until when.  Whoever takes a deadline out may act, and nobody else: the one in time, or the watch.
-
-    What has to happen at a time of its own, such as a second try, is a deadline that nobody meets.
-
-    To take an item out of a dictionary is one step in Python, so this needs no lock.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.tickets = itertools.count()
-        self.open: Dict[int, Tuple[float, Callable[[], None]]] = {}
-
-    def set(self, seconds: float, late: Callable[[], None]) -> int:
-        """Return a ticket; unless it is given to `meet` in so many seconds, the watch calls `late`."""
-        ticket = next(self.tickets)
-        self.open[ticket] = self.clock() + seconds, late
-        return ticket
-
-    def meet(self, ticket: int) -> None:
-        """Take the deadline out; raise Late if the watch was quicker."""
-        if self.open.pop(ticket, None) is None:
-            raise Late
-
-    def enforce(self) -> None:
-        """Act on those that are missed."""
-        now = self.clock()
-        for ticket, (when, late) in self.open.copy().items():
-            if when <= now and self.open.pop(ticket, None) is not None:
-                try:
-                    late()
-                except Exception:
-                    log.exception("a bug in the watch")
-
-    def watch(self, closed: threading.Event) -> None:
-        """Act on those that are missed until `closed` is set: the work of a thread, the watch."""
-        while not closed.wait(TICK):
-            with contextlib.suppress(MemoryError):  # what is missed stays so until there is some
-                self.enforce()
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -560,68 +821,39 @@ class Response(NamedTuple):
     body: bytes
 
 
-class Source(socket.SocketIO):
-    """What comes from a socket; withheld, it lets a reader show what it has read ahead, and wait for nothing."""
+class Link(Stream):
+    """A connection to an HTTP server."""
 
-    withheld = False
+    since = 0.0  # when it was last used
 
-    def readinto(self, buffer: Any) -> Optional[int]:
-        """Return how many bytes have been put into `buffer`, None where they are withheld."""
-        return None if self.withheld else super().readinto(buffer)
-
-
-class Link:
-    """A connection to an HTTP server, and what has been read ahead from it."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock, self.since, self.source = sock, 0.0, Source(sock, "rb")  # 0.0: when it was last used
-        self.file: io.BufferedReader = io.BufferedReader(self.source, LINE_BYTES)
-
-    def exchange(self, request: bytes) -> Response:
+    def exchange(self, request: bytes) -> Steps[Response]:
         """Return the server's answer; raise ConnectionError if it closed instead, Refusal if it is not HTTP."""
-        self.sock.sendall(request)
-        if not self.file.peek(1):
+        yield from self.send(request)
+        if not (yield from self.more()):
             raise ConnectionError("the connection was closed without an answer")
         status = 100
         while status < 200:  # such as 100 Continue: the answer proper is still to come
-            head = read_head(self.file)
+            head = yield from read_head(self)
             match = STATUS_LINE.match(head)
             if match is None:
                 raise Refusal(400, "The answer is not HTTP.")
             status, fields = int(match.group(1)), parse_fields(head, match.end())
         length = 0 if status in (204, 304) else framing(fields)
         if length is None:
-            return Response(status, dict(fields, connection="close"), self.file.read(BODY_BYTES))
-        return Response(status, fields, read_body(self.file, length))
-
-    def surplus(self) -> bytes:
-        """Return what has been read beyond the answer: nobody asked for it, and the next call would take it for its."""
-        self.source.withheld = True
-        try:
-            return self.file.peek()
-        finally:
-            self.source.withheld = False
+            while len(self.ahead) < BODY_BYTES and (yield from self.more()):
+                pass
+            return Response(status, dict(fields, connection="close"), self.take(BODY_BYTES))
+        return Response(status, fields, (yield from read_body(self, length)))
 
     def spent(self) -> bool:
         """Return whether the server has closed the connection, or has said something unasked, while it was idle."""
-        if hasattr(select, "poll"):  # on all but Windows; select.select takes no file above the 1024th
-            poll = select.poll()
-            poll.register(self.sock, select.POLLIN)
-            return bool(poll.poll(0))
-        return bool(select.select([self.sock], [], [], 0)[0])
-
-    def abort(self) -> None:
-        """End an exchange that takes too long, called by the watch: who waits for the answer reads an end of file.
-
-        Not by SSLSocket's own `shutdown`: that takes away the TLS state which the other thread is reading with.
-        """
-        with contextlib.suppress(OSError):
-            socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
-
-    def close(self) -> None:
-        """Close the connection."""
-        self.file.close()
-        self.sock.close()
+        try:
+            socket.socket.recv(self.sock, 1, socket.MSG_PEEK)  # past TLS, which would say so at ten times the cost
+        except BlockingIOError:
+            return False
+        except OSError:
+            pass
+        return True
 
 
 NO_ANSWER = OSError, http.client.HTTPException, Refusal, Late
@@ -634,9 +866,9 @@ class Client:
     know of proxies, tunnels and certificates is used here.
     """
 
-    def __init__(self, url: str, timeout: float, deadlines: Deadlines, proxies: Proxies = None) -> None:
+    def __init__(self, loop: Loop, url: str, timeout: float, proxies: Proxies = None) -> None:
         parts = urllib.parse.urlsplit(url)
-        self.host, self.base, self.timeout, self.deadlines = parts.netloc, parts.path, timeout, deadlines
+        self.host, self.base, self.timeout, self.loop = parts.netloc, parts.path, timeout, loop
         self.context = ssl.create_default_context() if parts.scheme == "https" else None
         self.proxy, self.proxy_fields = proxy_for(parts.scheme, parts.netloc, proxies)
         self.common = "Host: %s\r\nUser-Agent: echobot/%s\r\nAccept-Encoding: identity\r\n" % (self.host, __version__)
@@ -646,7 +878,7 @@ class Client:
         self.idle: Deque[Link] = collections.deque()  # the one that was used last is last
         self.prune()
 
-    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Response:
+    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Steps[Response]:
         """Return the server's answer; raise one of NO_ANSWER where there is none."""
         head = "%s %s%s HTTP/1.1\r\n%s%sContent-Length: %d\r\n\r\n" % (
             method, self.base, path, self.common, lines_of(fields or {}), len(body))
@@ -654,20 +886,20 @@ class Client:
         link = self.reuse()
         if link:
             with contextlib.suppress(ConnectionError, ssl.SSLError):  # closed just now: once more, on one that is new
-                return self.exchange(link, request)
-        return self.exchange(self.connect(), request)
+                return (yield from self.exchange(link, request))
+        link = Link(self.loop, (yield from self.loop.crew.do(self.connect)))
+        return (yield from self.exchange(link, request))
 
     def reuse(self) -> Optional[Link]:
         """Return a connection that is open and idle, if there is one."""
-        with contextlib.suppress(IndexError):
-            while True:
-                link = self.idle.pop()
-                if not link.spent():
-                    return link
-                link.close()
+        while self.idle:
+            link = self.idle.pop()
+            if not link.spent():
+                return link
+            link.close()
         return None
 
-    def connect(self) -> Link:
+    def connect(self) -> socket.socket:
         """Return a new connection, by way of the proxy if there is one."""
         at = self.proxy or self.host
         connection: Any = http.client.HTTPConnection(at, timeout=self.timeout)
@@ -676,39 +908,35 @@ class Client:
             if self.proxy:
                 connection.set_tunnel(self.host, headers=self.proxy_fields)
         connection.connect()
-        connection.sock.settimeout(None)  # the watch sees to it: a time-out costs a poll for each read and write
-        return Link(connection.sock)
+        sock: socket.socket = connection.sock
+        return sock
 
-    def exchange(self, link: Link, request: bytes) -> Response:
+    def exchange(self, link: Link, request: bytes) -> Steps[Response]:
         """Return the server's answer, and keep the connection if it can be used again; raise one of NO_ANSWER."""
-        ticket = self.deadlines.set(self.timeout, link.abort)
         try:
-            try:
-                response = link.exchange(request)
-            finally:
-                self.deadlines.meet(ticket)  # raises Late, in place of what the watch's `abort` looks like here
+            with self.loop.within(self.timeout):
+                response = yield from link.exchange(request)
         except BaseException:
             link.close()
             raise
-        if link.surplus() or "close" in response.fields.get("connection", "").lower():
-            link.close()
+        if link.ahead or "close" in response.fields.get("connection", "").lower():
+            link.close()  # what comes beyond the answer nobody asked for, and the next call would take it for its
         else:
-            link.since = self.deadlines.clock()
+            link.release()
+            link.since = self.loop.clock()
             self.idle.append(link)
         return response
 
     def prune(self) -> None:
         """Close the connections that nobody has needed for a minute, as after a burst, from now on each minute."""
-        self.deadlines.set(UNUSED, self.prune)
-        with contextlib.suppress(IndexError):
-            while self.deadlines.clock() - self.idle[0].since >= UNUSED:
-                self.idle.popleft().close()
+        self.loop.at(UNUSED, self.prune)
+        while self.idle and self.loop.clock() - self.idle[0].since >= UNUSED:
+            self.idle.popleft().close()
 
     def close(self) -> None:
         """Close the connections that nobody uses."""
-        with contextlib.suppress(IndexError):
-            while True:
-                self.idle.pop().close()
+        while self.idle:
+            self.idle.pop().close()
 
 
 def lines_of(fields: Fields) -> str:
@@ -815,16 +1043,16 @@ class Graph:
     def __init__(self, settings: Settings, client: Client) -> None:
         self.client, self.credentials = client, credentials(settings)
 
-    def send_message(self, recipient: str, text: str) -> None:
+    def send_message(self, recipient: str, text: str) -> Steps[None]:
         """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
         body = '{"recipient":{"id":%s},"messaging_type":"RESPONSE","message":{"text":%s}}' % tuple(
             map(json.dumps, (recipient, text)))
-        self.call("POST", "/me/messages?", body.encode(), {"Content-Type": "application/json"})
+        yield from self.call("POST", "/me/messages?", body.encode(), {"Content-Type": "application/json"})
 
-    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Dict[str, Any]:
+    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Steps[Dict[str, Any]]:
         """Return Graph's answer; raise Passing or ForGood if it is not what was asked for."""
         try:
-            return judge(self.client.call(method, path + self.credentials, body, fields))
+            return judge((yield from self.client.call(method, path + self.credentials, body, fields)))
         except NO_ANSWER as error:
             why = getattr(error, "strerror", None) or str(error) or "it took too long"  # no URL, which holds the token
             raise Passing("no answer from Graph (%s)" % why) from error
@@ -835,42 +1063,24 @@ class Graph:
 class Outbox:
     """Sends each reply until it is settled, accepted by Graph or refused for good, or given up.
 
-    One person's replies form a line, and a line is sent by one thread at a time: one of a delivery's new lines by the
-    delivery's own, which saves the hand-over, the others by the crew.  A line whose first reply has failed for now
-    waits in `deadlines`, without a thread.
+    One person's replies form a line, which one task sends.  A line whose first reply has failed for now waits for its
+    time, and takes no place among those that are being sent.
     """
 
-    def __init__(self, reply: Reply, send: Callable[[str, str], None], report: Callable[[Owed, float], None],
-                 limits: Limits, deadlines: Deadlines) -> None:
-        self.reply, self.send, self.report, self.limits, self.deadlines = reply, send, report, limits, deadlines
-        self.lock = threading.Lock()
+    def __init__(self, loop: Loop, reply: Reply, send: Callable[[str, str], Steps[None]],
+                 report: Callable[[Owed, float], None], limits: Limits) -> None:
+        self.loop, self.reply, self.send, self.report, self.limits = loop, reply, send, report, limits
         self.pending: Dict[bytes, Owed] = {}
         self.size = 0                                       # bytes that `pending` came in
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.lines: Dict[str, Deque[Owed]] = {}
-        self.senders = threading.BoundedSemaphore(limits.senders)  # deliveries' threads that send
-        self.waiting: Deque[str] = collections.deque()      # whose lines the crew is to send
-        self.crew = 0                                       # threads of it
+        self.waiting: Deque[str] = collections.deque()      # whose lines are to be sent
+        self.senders = 0                                    # tasks that do
         self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
 
     def deliver(self, replies: Sequence[Owed], size: int) -> List[Owed]:
-        """Send what a delivery of `size` bytes owes; return it, less what was settled before, and with the replies of
-        other deliveries that it joins; raise Refusal if it is too much."""
-        with self.lock:
-            fresh = self.enter(replies, size)
-            joined = [self.pending[owed.key] for owed in replies if owed.key in self.pending]
-        own = fresh.pop() if fresh and self.senders.acquire(blocking=False) else None
-        for recipient in fresh:
-            self.hand_over(recipient)
-        if own:
-            try:
-                self.send_line(own, joined)
-            finally:
-                self.senders.release()
-        return joined
-
-    def enter(self, replies: Sequence[Owed], size: int) -> List[str]:
-        """Line up the replies that are new; return whose lines are new."""
+        """Begin to send what a delivery of `size` bytes owes; return it, less what was settled before, and with the
+        replies of other deliveries that it joins; raise Refusal if it is too much."""
         new: Dict[bytes, Owed] = {}
         for owed in replies:
             if not (owed.key in self.settled or owed.key in self.pending):
@@ -878,93 +1088,83 @@ class Outbox:
         full = len(self.pending) + len(new) > self.limits.pending or self.size + size > self.limits.pending_bytes
         if new and full:
             raise Refusal(503, "Too many replies are pending: bring it again.")
-        fresh = []
-        for key, owed in new.items():
+        for owed in new.values():
             owed.size = size // len(new)
-            self.size += owed.size
-            self.pending[key] = owed
-            line = self.lines.setdefault(owed.recipient, collections.deque())
-            if not line:
-                fresh.append(owed.recipient)
-            line.append(owed)
-        return fresh
+            self.enter(owed)
+        return [self.pending[owed.key] for owed in replies if owed.key in self.pending]
 
-    def hand_over(self, *recipients: str) -> None:
-        """Have persons' lines sent by the crew, by a new thread of it if there may be more."""
-        with self.lock:
-            self.waiting.extend(recipients)
-            more = bool(self.waiting) and self.crew < self.limits.crew
-            self.crew += more
-        if more:
-            try:
-                _thread.start_new_thread(self.send_lines, ())
-            except (RuntimeError, MemoryError):  # none can be had now
-                with self.lock:
-                    self.crew -= 1
-                self.deadlines.set(1.0, self.hand_over)
+    def enter(self, owed: Owed) -> None:
+        """Line a reply up."""
+        self.size += owed.size
+        self.pending[owed.key] = owed
+        line = self.lines.setdefault(owed.recipient, collections.deque())
+        line.append(owed)
+        if len(line) == 1:
+            self.begin(owed.recipient)
 
-    def send_lines(self) -> None:
-        """Send one line after another until none waits: the work of a thread of the crew.
+    def begin(self, recipient: str) -> None:
+        """Have a person's line sent, as soon as there are not too many that are."""
+        self.waiting.append(recipient)
+        if self.senders < self.limits.senders:
+            self.senders += 1
+            self.loop.start(self.send_lines())
 
-        A pool of concurrent.futures would wait for its threads to begin, holding its lock, and would never end them.
-        """
-        while True:
-            with self.lock:
-                if not self.waiting:
-                    self.crew -= 1
-                    return
-                recipient = self.waiting.popleft()
-            self.send_line(recipient)
+    def send_lines(self) -> Steps[None]:
+        """Send one line after another until none waits: a sender's task."""
+        try:
+            while self.waiting:
+                yield from self.send_line(self.waiting.popleft())
+        finally:
+            self.senders -= 1
 
-    def send_line(self, recipient: str, until: Sequence[Owed] = ()) -> None:
-        """Send a person's replies, until none is left, one has to wait, or all of `until` have ended."""
+    def send_line(self, recipient: str) -> Steps[None]:
+        """Send a person's replies, until none is left or one has to wait."""
         line = self.lines[recipient]
-        while self.send_reply(line[0]):
-            with self.lock:
-                line.popleft()
-                if not line:
-                    del self.lines[recipient]
-                    return
-            if until and all(owed.ended.is_set() for owed in until):
-                self.hand_over(recipient)
+        while (yield from self.send_reply(line[0])):
+            line.popleft()
+            if not line:
+                del self.lines[recipient]
                 return
 
-    def send_reply(self, owed: Owed) -> bool:
+    def send_reply(self, owed: Owed) -> Steps[bool]:
         """Send what is left of a reply, and end it; return False if it has to wait instead."""
-        now = self.deadlines.clock()
+        now = self.loop.clock()
         owed.since = owed.since or now
         try:
             if now < owed.since + self.limits.retry:
-                owed.ask(self.reply)
-                self.send_pieces(owed)
+                if owed.text is None:
+                    yield from self.loop.crew.do(owed.ask, self.reply)
+                yield from self.send_pieces(owed)
             else:
                 owed.status = 503
                 log.error("gave up the reply to %s, mid %s", owed.recipient, owed.mid)
         except Passing as failure:
             self.postpone(owed, failure)
             return False
+        except GeneratorExit:  # the loop is closed
+            raise
         except BaseException:  # SystemExit too: it must not take the person's line with it
             owed.status = 500
             log.exception("a bug ended the reply to %s, mid %s", owed.recipient, owed.mid)
         self.end(owed)
         return True
 
-    def send_pieces(self, owed: Owed) -> None:
+    def send_pieces(self, owed: Owed) -> Steps[None]:
         """Send what is left of a reply until Graph refuses it; raise Passing where it failed for now."""
         try:
             while owed.left:
-                self.send(owed.recipient, owed.left[0])
+                yield from self.send(owed.recipient, owed.left[0])
                 self.failing = None
                 owed.left.popleft()
             if owed.text:
-                self.report(owed, self.deadlines.clock() - owed.since)
+                self.report(owed, self.loop.clock() - owed.since)
         except ForGood as refusal:
             self.failing = None
             log.error("Graph refused the reply to %s, mid %s: %s", owed.recipient, owed.mid, refusal)
 
     def postpone(self, owed: Owed, failure: Passing) -> None:
         """Have the line sent again: after a pause that doubles, less a random part, or as long as the server asks."""
-        now = self.deadlines.clock()
+        now = self.loop.clock()
         self.failing = self.failing_since(now) or now, now
         left = owed.since + self.limits.retry - now
         pause = min(self.limits.first_pause * 2 ** owed.tries, self.limits.longest_pause) * random.uniform(0.5, 1)
@@ -972,7 +1172,7 @@ class Outbox:
         owed.tries += 1
         log.warning("the reply to %s, mid %s, failed for now and is %s in %.1f s: %s",
                     owed.recipient, owed.mid, "tried again" if pause < left else "given up", pause, failure)
-        self.deadlines.set(pause, functools.partial(self.hand_over, owed.recipient))
+        self.loop.at(pause, functools.partial(self.begin, owed.recipient))
 
     def failing_since(self, now: float) -> Optional[float]:
         """Return since when Graph fails without a break, or None; ten minutes without a call are a break."""
@@ -980,20 +1180,23 @@ class Outbox:
 
     def end(self, owed: Owed) -> None:
         """Tell all that wait for the reply; remember it if it is settled, else forget it."""
-        with self.lock:
-            del self.pending[owed.key]
-            self.size -= owed.size
-            if owed.status == 200:
-                self.settled[owed.key] = None
-                if len(self.settled) > self.limits.remembered:
-                    self.settled.popitem(last=False)
-        owed.ended.set()
+        del self.pending[owed.key]
+        self.size -= owed.size
+        if owed.status == 200:
+            self.settled[owed.key] = None
+            if len(self.settled) > self.limits.remembered:
+                self.settled.popitem(last=False)
+        owed.ended = True
+        self.loop.woken.extend(owed.waiting)
 
-
-def outcome(replies: Sequence[Owed], until: float) -> int:
-    """Return 200 when all the replies are settled, 500 when a bug has ended one, 503 when one is given up, or has not
-    ended by `until`, a time of `time.monotonic`."""
-    return max([owed.status if owed.ended.wait(until - time.monotonic()) else 503 for owed in replies], default=200)
+    def settle(self, replies: Sequence[Owed]) -> Steps[int]:
+        """Wait until all the replies have ended; return 200 if they are settled, 500 if a bug has ended one, and 503 if one
+        is given up."""
+        for owed in replies:
+            owed.waiting.append(self.loop.task)
+            while not owed.ended:
+                yield
+        return max([owed.status for owed in replies], default=200)
 
 
 # ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
@@ -1019,12 +1222,12 @@ class Answer(NamedTuple):
 
 NO_MEMORY = Refusal(503, "There is no memory left for this: bring it again.")
 BUG = Answer(500, "Something is wrong here.")
-Respond = Callable[[Request], Answer]
+Respond = Callable[[Request], Union[Answer, Steps[Answer]]]
 
 
-def read_request(file: io.BufferedReader, client: Any) -> Request:
-    """Return the next request; raise Refusal if it is not one.  To `client` goes what tells it to go on, if it asks."""
-    head = read_head(file)
+def read_request(stream: Stream) -> Steps[Request]:
+    """Return the next request; raise Refusal if it is not one.  A client that asks whether to go on is told so."""
+    head = yield from read_head(stream)
     match = REQUEST_LINE.match(head)
     if match is None:
         raise Refusal(400, "The request line is malformed.")
@@ -1040,10 +1243,11 @@ def read_request(file: io.BufferedReader, client: Any) -> Request:
     if length is None and method == "POST":
         raise Refusal(411, "A delivery needs a Content-Length, or chunks.")
     if length and not old and fields.get("expect", "").lower() == "100-continue":
-        client.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        yield from stream.send(b"HTTP/1.1 100 Continue\r\n\r\n")
     path, _, query = (target if target[0] == "/" else AUTHORITY.sub("", target)).partition("?")
     keep = not old and "close" not in fields.get("connection", "").lower()
-    return Request(method, path or "/", query, fields, read_body(file, length) if length else b"", keep)
+    body = (yield from read_body(stream, length)) if length else b""
+    return Request(method, path or "/", query, fields, body, keep)
 
 
 @functools.lru_cache(maxsize=16)
@@ -1058,169 +1262,136 @@ def encode(answer: Answer, keep: bool, with_body: bool, now: int) -> bytes:
     return head.encode() + (body if with_body else b"")
 
 
-class Connection(socketserver.StreamRequestHandler):
-    """A client's connection: reads its requests one after another, and answers each once.
+class Connection:
+    """A client's connection: a task that reads its requests one after another, and answers each once."""
 
-    Each step has an entry in the server's deadlines.  Should it be late, the watch takes the entry, and with it the
-    right to answer and to close; this thread finds the entry gone, and leaves.
-    """
+    def __init__(self, server: WebServer, sock: socket.socket, address: Any) -> None:
+        self.server, self.limits, self.within = server, server.limits, server.loop.within
+        self.stream, self.client = Stream(server.loop, sock), address[0]
 
-    disable_nagle_algorithm = True
-    rbufsize = LINE_BYTES
-    server: WebServer
-    rfile: io.BufferedReader
-
-    def setup(self) -> None:
-        """Begin the first step: a request has to arrive, counted from the connection."""
-        super().setup()
-        self.limits, self.deadlines, self.ended = self.server.limits, self.server.deadlines, threading.Event()
-        self.deadlines.meet(self.server.sockets[self.request])
-        self.ticket = self.deadlines.set(self.limits.request, self.late_request)
-
-    def handle(self) -> None:
+    def serve(self) -> Steps[None]:
         """Serve until either side has had enough."""
         try:
-            if self.arrives():
-                while self.serve() and self.arrives():
-                    self.next_step(self.limits.request, self.late_request)
-        except OSError:  # the client is gone
+            self.stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            request = yield from self.receive()
+            while request:
+                answer = yield from self.answer(request)
+                keep = request.keep and not self.server.closing
+                with self.within(self.limits.idle):
+                    yield from self.send(answer, keep, request.method != "HEAD")
+                    keep = keep and (yield from self.arrives())
+                request = (yield from self.receive()) if keep else None
+        except (OSError, Late, MemoryError):  # the client is gone, or has had its time; or it costs too much
             pass
-        except Late:  # the watch answers: to close now would cut it short
-            self.ended.wait(self.limits.linger)
-
-    def arrives(self) -> bool:
-        """Wait for a request; return False where the client closes instead, or the server is closing.
-
-        Whoever takes the connection out of `idle`, this thread or `close`, has it.
-        """
-        self.server.idle[self] = True
-        try:
-            more = not self.server.closing and bool(self.rfile.peek(1))
         finally:
-            mine = self.server.idle.pop(self, False)
-        return more and mine
+            self.stream.close()
+            self.server.forget(self)
 
-    def serve(self) -> bool:
-        """Read a request and answer it; return whether the connection can be used again."""
+    def receive(self) -> Steps[Optional[Request]]:
+        """Return a request, or None where there is none to answer: refused, or the client has closed instead."""
         try:
-            request: Optional[Request] = read_request(self.rfile, self.wfile)
+            with self.within(self.limits.request):
+                return (yield from read_request(self.stream)) if (yield from self.arrives()) else None
         except Refusal as refusal:
-            return self.refuse(refusal)
+            yield from self.refuse(refusal)
+        except Late:
+            yield from self.refuse(Refusal(408, "The request did not arrive whole within %g s." % self.limits.request))
         except MemoryError:
-            request = None  # what has been read of it has to go before there is memory for an answer
-        if request is None:
-            return self.refuse(NO_MEMORY)
-        self.next_step(self.limits.answer, lambda: self.end(self.server.late_answer()))
-        answer = self.server.answer(request)
-        keep = request.keep and not self.server.closing
-        self.next_step(self.limits.idle, self.end)
-        self.wfile.write(encode(answer, keep, request.method != "HEAD", int(time.time())))
-        return keep
+            self.stream.drop()
+            yield from self.refuse(NO_MEMORY)
+        return None
 
-    def refuse(self, refusal: Refusal) -> bool:
-        """Answer what is no request, and return False.  To close on unread input would reset the connection, and the
-        client could not read why."""
-        self.next_step(self.limits.linger, self.end)
-        log.info("refused a request from %s with %d: %s", self.client_address[0], refusal.status, refusal.why)
-        self.wfile.write(encode(Answer(refusal.status, refusal.text), False, True, int(time.time())))
-        self.request.shutdown(socket.SHUT_WR)
-        while self.rfile.read1(PIECE_BYTES):
-            pass
-        return False
+    def arrives(self) -> Steps[bool]:
+        """Wait for a request to begin; return False where the client closes instead, or the server is closing."""
+        self.stream.release()
+        if self.stream.ahead:
+            return True
+        self.server.idle.add(self)
+        try:
+            return not self.server.closing and (yield from self.stream.more())
+        finally:
+            self.server.idle.discard(self)
 
-    def next_step(self, seconds: float, late: Callable[[], None]) -> None:
-        """Go on to a step that has a deadline of its own; raise Late if the watch was quicker."""
-        self.deadlines.meet(self.ticket)
-        self.ticket = self.deadlines.set(seconds, late)
+    def answer(self, request: Request) -> Steps[Answer]:
+        """Return the answer to a request, in time."""
+        try:
+            with self.within(self.limits.answer):
+                return (yield from self.server.answer(request))
+        except Late:
+            return self.server.late_answer()
 
-    def late_request(self) -> None:
-        """Refuse a request that does not arrive; called by the watch."""
-        log.info("refused a request from %s with 408: it did not arrive whole", self.client_address[0])
-        self.end(Answer(408, "The request did not arrive whole within %g s." % self.limits.request))
+    def send(self, answer: Answer, keep: bool, with_body: bool = True) -> Steps[None]:
+        """Send an answer."""
+        yield from self.stream.send(encode(answer, keep, with_body, int(time.time())))
 
-    def end(self, answer: Optional[Answer] = None) -> None:
-        """End the connection from another thread, waiting for nobody; this one reads an end of file, if it reads."""
-        with contextlib.suppress(OSError):
-            self.request.setblocking(False)
-            self.request.send(encode(answer, False, True, int(time.time())) if answer else b"")
-        with contextlib.suppress(OSError):
-            self.request.shutdown(socket.SHUT_RDWR)
-        self.server.close_request(self.request)
-        self.ended.set()
-
-    def finish(self) -> None:
-        """Give up the deadline."""
-        self.deadlines.open.pop(self.ticket, None)
-        super().finish()
+    def refuse(self, refusal: Refusal) -> Steps[None]:
+        """Answer what is no request.  To close on unread input would reset the connection, and the client could not
+        read why."""
+        log.info("refused a request from %s with %d: %s", self.client, refusal.status, refusal.why)
+        with self.within(self.limits.linger):
+            yield from self.send(Answer(refusal.status, refusal.text), False)
+            self.stream.sock.shutdown(socket.SHUT_WR)
+            self.stream.drop()
+            while (yield from self.stream.more()):
+                self.stream.drop()
 
 
-class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
+class WebServer:
     """An HTTP server that keeps to its limits whoever calls."""
 
-    request_queue_size = BACKLOG
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
+    def __init__(self, listener: socket.socket, routes: Dict[str, Dict[str, Respond]], limits: Limits, loop: Loop) -> None:
+        self.socket, self.routes, self.limits, self.loop = listener, routes, limits, loop
+        self.server_address = listener.getsockname()
+        self.connections: Set[Connection] = set()
+        self.idle: Set[Connection] = set()  # which wait for a request
+        self.listening, self.closing = False, False
+        self.stopping, self.closed, self.serving = threading.Event(), threading.Event(), threading.Lock()
 
-    def __init__(self, host: str, port: int, routes: Dict[str, Dict[str, Respond]], limits: Limits,
-                 clock: Callable[[], float]) -> None:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        self.address_family = found[0]
-        self.routes, self.limits, self.deadlines, self.closing = routes, limits, Deadlines(clock), False
-        self.places = threading.BoundedSemaphore(limits.connections)
-        self.sockets: Dict[socket.socket, int] = {}  # which have a place; a ticket, until a thread serves them
-        self.idle: Dict[Connection, bool] = {}       # which wait for a request
-        self.closed = threading.Event()
-        super().__init__(found[4], Connection)  # type: ignore[arg-type]
-
-    def server_bind(self) -> None:
-        """Bind, `::` to IPv4 as well."""
-        if self.address_family == socket.AF_INET6:
-            ipv6 = getattr(socket, "IPPROTO_IPV6", 41)  # Python 3.7 has no name for it on Windows
-            self.socket.setsockopt(ipv6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        super().server_bind()
-
-    def serve_forever(self, poll_interval: float = 2 * TICK) -> None:
+    def serve_forever(self, poll_interval: float = TICK) -> None:
         """Serve until `shutdown`."""
-        threading.Thread(target=self.deadlines.watch, args=(self.closed,), daemon=True).start()
-        super().serve_forever(poll_interval)
+        with self.serving:
+            self.listen(True)
+            self.loop.run_until(self.stopping.is_set)
 
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        """Return the next connection; raise OSError where none can be had now, after a pause that keeps it calm."""
-        if not self.places.acquire(timeout=2 * TICK):
-            raise OSError("every place is taken")
+    def shutdown(self) -> None:
+        """End `serve_forever`, from another thread; what is under way goes on in `close`."""
+        self.stopping.set()
+        with self.serving:
+            pass
+
+    def listen(self, on: bool) -> None:
+        """Take connections from now on, or let them wait in the backlog."""
+        on = on and not self.closing
+        if on and not self.listening:
+            self.loop.selector.register(self.socket, READ, self.accept)
+        elif self.listening and not on:
+            self.loop.selector.unregister(self.socket)
+        self.listening = on
+
+    def accept(self) -> None:
+        """Take the connections that wait, as many as there are places for."""
         try:
-            connection, address = super().get_request()
-        except (OSError, MemoryError) as error:
-            self.places.release()
-            self.closed.wait(TICK)
-            raise OSError("no connection can be had") from error
-        self.sockets[connection] = self.deadlines.set(
-            self.limits.request, functools.partial(self.close_request, connection))
-        return connection, address
+            while len(self.connections) < self.limits.connections:
+                connection = Connection(self, *self.socket.accept())
+                self.connections.add(connection)
+                self.loop.start(connection.serve())
+            self.listen(False)
+        except BlockingIOError:  # no more wait
+            pass
+        except (OSError, MemoryError):  # none can be had now: the pause keeps it calm
+            self.listen(False)
+            self.loop.at(2 * TICK, functools.partial(self.listen, True))
 
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Serve a connection in a thread of its own, without waiting for it.
+    def forget(self, connection: Connection) -> None:
+        """Give the place of a connection to another."""
+        self.connections.discard(connection)
+        self.listen(True)
 
-        `Thread.start` waits until the thread has begun: behind hundreds of busy ones, and for ever where it dies of too
-        little memory before that.  The connection of such a thread is closed by the watch.
-        """
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
-
-    def close_request(self, request: Any) -> None:
-        """Close a connection and give its place to another; twice is once."""
-        super().close_request(request)
-        with contextlib.suppress(KeyError):
-            self.deadlines.open.pop(self.sockets.pop(request), None)
-            self.places.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log what has ended a connection: a bug, or that no thread could be started for it."""
-        with contextlib.suppress(MemoryError):
-            log.exception("a connection is lost")
-
-    def answer(self, request: Request) -> Answer:
+    def answer(self, request: Request) -> Steps[Answer]:
         """Return the answer to `request`, whatever happens."""
         try:
-            return self.dispatch(request)
+            answer = self.dispatch(request)
+            return answer if isinstance(answer, Answer) else (yield from answer)
         except Refusal as refusal:
             log.log(logging.WARNING if refusal.status == 403 else logging.INFO, "%s", refusal.why)
             return Answer(refusal.status, refusal.text)
@@ -1231,8 +1402,8 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             log.exception("a bug in %s %s", request.method, request.path)
             return BUG
 
-    def dispatch(self, request: Request) -> Answer:
-        """Return the answer that the request's path and method have."""
+    def dispatch(self, request: Request) -> Union[Answer, Steps[Answer]]:
+        """Return the answer that the request's path and method have, or the steps to it."""
         methods = self.routes.get(request.path)
         if methods is None:
             log.info("refused a request with 404: nothing is at %.100s", request.path)
@@ -1247,21 +1418,44 @@ class WebServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """Return the answer to a request that takes too long."""
         return Answer(503, "This takes too long: bring it again.")
 
-    def close(self) -> None:
-        """After `shutdown`: finish and answer what is under way, within the limit; then close all that is open."""
+    def server_close(self) -> None:
+        """Take no further connection, ever."""
         self.closing = True
+        self.listen(False)
+        self.socket.close()
+
+    def close(self) -> None:
+        """Finish and answer what is under way, within the limit, and close what is idle."""
+        self.shutdown()
         self.server_close()
-        for connection in self.idle.copy():
-            if self.idle.pop(connection, False):
-                connection.end()
-        until = self.deadlines.clock() + self.limits.drain
-        while self.busy() and self.deadlines.clock() < until:
-            time.sleep(TICK / 5)
+        for connection in self.idle:
+            connection.stream.end()
+        until = self.loop.clock() + self.limits.drain
+        self.loop.run_until(lambda: not self.busy() or self.loop.clock() >= until)
         self.closed.set()
 
     def busy(self) -> bool:
         """Return whether something is still under way."""
-        return bool(self.sockets)
+        return bool(self.connections)
+
+
+def listening_socket(host: str, port: int) -> socket.socket:
+    """Return a socket that listens, `::` for IPv4 as well; raise OSError where it cannot."""
+    family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    listener = socket.socket(family, kind)
+    try:
+        if os.name == "posix":  # elsewhere it would let two servers share a port
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            ipv6 = getattr(socket, "IPPROTO_IPV6", 41)  # Python 3.7 has no name for it on Windows
+            listener.setsockopt(ipv6, socket.IPV6_V6ONLY, address[0] != "::")
+        listener.bind(address)
+        listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
 
 
 # ---- The bot -------------------------------------------------------------------------------------------------------
@@ -1270,22 +1464,25 @@ class Bot(WebServer):
     """The webhook: verifies, and owes Messenger a reply for each message."""
 
     def __init__(self, settings: Settings, limits: Limits = Limits(), clock: Callable[[], float] = time.monotonic,
-                 proxies: Proxies = None, reply: Reply = reply) -> None:
+                 proxies: Proxies = None, reply: Reply = reply, loop: Optional[Loop] = None) -> None:
         """Bind, and do not start; raise OSError where it cannot listen."""
         webhook: Dict[str, Respond] = {"GET": self.handle_verification, "POST": self.handle_messages}
-        routes = {"/": webhook, "/webhook": webhook, "/healthz": {"GET": lambda request: Answer(200, "ok")}}
-        super().__init__(settings.host, settings.port, routes, limits, clock)
+        health: Dict[str, Respond] = {"GET": lambda request: Answer(200, "ok")}
+        routes = {"/": webhook, "/webhook": webhook, "/healthz": health}
+        listener = listening_socket(settings.host, settings.port)
+        self.owns_loop = loop is None
+        super().__init__(listener, routes, limits, loop or Loop(clock, limits))
         self.settings = settings
-        self.client = Client(settings.graph_url, limits.graph, self.deadlines, proxies)
-        send = Graph(settings, self.client).send_message if settings.token else lambda recipient, text: None
-        self.outbox = Outbox(reply, send, self.report, limits, self.deadlines)
+        self.client = Client(self.loop, settings.graph_url, limits.graph, proxies)
+        self.graph = Graph(settings, self.client)
+        self.outbox = Outbox(self.loop, reply, self.send, self.report, limits)
 
     def handle_verification(self, request: Request) -> Answer:
         """Answer the webhook's set-up page with its challenge."""
         query = request.query.encode("latin-1").decode("utf-8", "replace")
         return Answer(200, challenge(dict(urllib.parse.parse_qsl(query, True)), self.settings.verify_token))
 
-    def handle_messages(self, request: Request) -> Answer:
+    def handle_messages(self, request: Request) -> Steps[Answer]:
         """Answer a delivery ok once all replies that it owes are settled; raise Refusal if it is not Messenger's."""
         if self.settings.secret:
             verify_signature(request.fields.get("x-hub-signature-256"), self.settings.secret, request.body)
@@ -1298,9 +1495,8 @@ class Bot(WebServer):
             raise Refusal(400, text, "delivery refused: " + text)
         if payload.get("object") != "page":
             log.info("acknowledged a delivery that is not about a page: nothing is owed to it")
-        until = time.monotonic() + self.limits.answer
         replies = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
-        status = outcome(replies, until)
+        status = yield from self.outbox.settle(replies)
         return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
 
     def replies_owed(self, payload: Dict[str, Any]) -> Iterator[Owed]:
@@ -1315,21 +1511,17 @@ class Bot(WebServer):
 
     def late_answer(self) -> Answer:
         """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""
-        now = self.deadlines.clock()
+        now = self.loop.clock()
         since = self.outbox.failing_since(now)
         if since is None or now - since < self.limits.outage:
             return Answer(503, "The replies are not settled yet: bring it again.")
         log.error("let a delivery go: Graph has failed for %d s", now - since)
         return Answer(200, "ok")
 
-    def busy(self) -> bool:
-        """Return whether a delivery is not answered yet or a reply is not settled."""
-        return bool(self.sockets or self.outbox.pending)
-
-    def close(self) -> None:
-        """Finish what is under way, and close the connections to Graph."""
-        super().close()
-        self.client.close()
+    def send(self, recipient: str, text: str) -> Steps[None]:
+        """Send a text to a person, save on a dry run; raise Passing or ForGood if Graph does not take it."""
+        if self.settings.token:
+            yield from self.graph.send_message(recipient, text)
 
     def report(self, owed: Owed, seconds: float) -> None:
         """Log that a reply is accepted: whose, and not what, save on a dry run."""
@@ -1338,6 +1530,17 @@ class Bot(WebServer):
                      owed.recipient, owed.mid, len(owed.text or ""), seconds * 1000)
         else:
             log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, owed.text)
+
+    def busy(self) -> bool:
+        """Return whether a delivery is not answered yet or a reply is not settled."""
+        return bool(self.connections or self.outbox.pending)
+
+    def close(self) -> None:
+        """Finish what is under way, and close all connections."""
+        super().close()
+        self.client.close()
+        if self.owns_loop:
+            self.loop.close()
 
 
 make_server = Bot
@@ -1374,18 +1577,18 @@ COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it
 class PlayedGraph(WebServer):
     """Graph, for `chat`: refuses what the real one refuses, and says the rest."""
 
-    def __init__(self, credentials: str, say: Callable[[str], None], show: Callable[..., None]) -> None:
+    def __init__(self, loop: Loop, credentials: str, say: Callable[[str], None], show: Callable[..., None]) -> None:
         routes: Dict[str, Dict[str, Respond]] = {"/v26.0/me/messages": {"POST": self.handle_call}}
-        super().__init__("127.0.0.1", 0, routes, Limits(), time.monotonic)
+        super().__init__(listening_socket("127.0.0.1", 0), routes, Limits(), loop)
         self.credentials, self.say, self.show, self.fault = credentials, say, show, ""
 
-    def handle_call(self, request: Request) -> Answer:
+    def handle_call(self, request: Request) -> Steps[Answer]:
         """Answer a call of the Send API, with the fault that is played or as it deserves."""
         secrets = re.sub("=[^&]*", "=***", request.query)
         self.show("bot > Graph", "POST %s?%s HTTP/1.1" % (request.path, secrets), request.body.decode())
         fault, self.fault = self.fault, ""
         if fault == "/slow":
-            self.closed.wait(SLOW)
+            yield from self.loop.crew.do(time.sleep, SLOW)
         error = fault and COMMANDS[fault][1] or self.refusal(request)
         status = 500 if fault == "/500" else 400 if error else 200
         played = {"message": "as played", "type": "OAuthException", "fbtrace_id": "played"}
@@ -1417,11 +1620,12 @@ class Chat:
 
     def __init__(self) -> None:
         settings = Settings(token=os.urandom(16).hex(), secret=os.urandom(16).hex(), host="127.0.0.1", port=0)
-        self.graph = PlayedGraph(credentials(settings), self.say, self.show)
+        self.loop = Loop()
+        self.graph = PlayedGraph(self.loop, credentials(settings), self.say, self.show)
         settings = settings._replace(graph_url="http://127.0.0.1:%d/v26.0" % self.graph.server_address[1])
-        self.bot = make_server(settings, CHAT_LIMITS, proxies={})
+        self.bot = make_server(settings, CHAT_LIMITS, proxies={}, loop=self.loop)
         url = "http://127.0.0.1:%d" % self.bot.server_address[1]
-        self.messenger = Client(url, 2 * CHAT_LIMITS.retry, self.bot.deadlines, proxies={})
+        self.messenger = Client(self.loop, url, 2 * CHAT_LIMITS.retry, proxies={})
         self.secret, self.terminal = settings.secret, sys.stdin.isatty() and sys.stdout.isatty()
         self.sent, self.said, self.showing, self.body = 0, 0, False, b"{}"
         self.tape: List[str] = []  # the last exchange
@@ -1429,7 +1633,7 @@ class Chat:
     def run(self) -> int:
         """Talk until the input ends; return the exit status."""
         for server in self.graph, self.bot:
-            threading.Thread(target=server.serve_forever, args=(TICK / 5,), daemon=True).start()
+            server.listen(True)
         if self.terminal:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
         try:
@@ -1438,9 +1642,8 @@ class Chat:
         except (EOFError, KeyboardInterrupt):
             print(end="\n" if self.terminal else "")
             self.messenger.close()
-            for server in self.bot, self.graph:
-                server.shutdown()
-                server.close()
+            for part in self.bot, self.graph, self.loop:
+                part.close()
         return 0
 
     def hear(self, line: str) -> None:
@@ -1482,7 +1685,7 @@ class Chat:
         self.tape.clear()
         for _ in range(BRINGS):
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *lines_of(fields).splitlines(), self.body.decode())
-            status, _, answer = self.messenger.call("POST", "/webhook", self.body, fields)
+            status, _, answer = self.loop.run(self.messenger.call("POST", "/webhook", self.body, fields))
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
                 break
@@ -1568,25 +1771,25 @@ def findings(environ: Mapping[str, str], url: Optional[str], proxies: Proxies,
         yield False, "settings", "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret"
     if settings.token and settings.secret:
         yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
-    deadlines = Deadlines(time.monotonic)
-    threading.Thread(target=deadlines.watch, args=(threading.Event(),), daemon=True).start()
+    loop = Loop()
     if settings.token:
-        yield from graph_findings(settings, Client(settings.graph_url, seconds, deadlines, proxies))
+        yield from graph_findings(settings, Client(loop, settings.graph_url, seconds, proxies))
     if url and not valid_url(url):
         yield False, "URL", "it is not one: give the callback URL, without ? and #, like https://example.com/webhook"
     elif url:
         url += "" if urllib.parse.urlsplit(url).path else "/"
-        yield from webhook_findings(settings, Client(url, seconds, deadlines, proxies))
+        yield from webhook_findings(settings, Client(loop, url, seconds, proxies))
+    loop.close()
 
 
 def graph_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     """Yield what Graph says of the token, the secret and the subscription."""
     graph, what = Graph(settings, client), "token"
     try:
-        page = graph.call("GET", "/me?fields=id,name&")
+        page = client.loop.run(graph.call("GET", "/me?fields=id,name&"))
         yield True, what, "it is valid, of \"%s\", id %s" % (page.get("name"), page.get("id"))
         what = "subscription"
-        apps = graph.call("GET", "/me/subscribed_apps?").get("data")
+        apps = client.loop.run(graph.call("GET", "/me/subscribed_apps?")).get("data")
         yield subscription([app for app in as_list(apps) if isinstance(app, dict)])
     except ForGood as refusal:
         yield refused(what, refusal.error)
@@ -1625,7 +1828,7 @@ def webhook_findings(settings: Settings, client: Client) -> Iterator[Finding]:
     if not client.context:
         yield False, "URL", "it is not https, and Messenger calls nothing else: put a proxy with a certificate in front"
     try:
-        yield from answers(settings, client.call)
+        yield from answers(settings, lambda *request: client.loop.run(client.call(*request)))
     except NO_ANSWER as error:
         yield False, "webhook", advice(error, client, "the address and the port, and that the bot runs")
     finally:
@@ -1738,14 +1941,12 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d: %s; set HOST to an address of this host, and PORT to one that is "
               "free and above 1023" % (printable(settings.host), settings.port, trouble), file=sys.stderr)
         return 1
-    give_back_memory(bot.deadlines)
     signals: List[int] = []
     for number in SIGNALS:
         signal.signal(number, lambda number, _: signals.append(number))  # no handler can safely do more
     announce(settings, bot.server_address)
-    threading.Thread(target=bot.serve_forever, daemon=True).start()
-    while not signals:
-        time.sleep(TICK)
+    bot.listen(True)
+    bot.loop.run_until(lambda: bool(signals))
     left = finish(bot)
     logging.shutdown()
     os._exit(1 if left else 0)  # at once: Python would wait for threads that still wait for Graph
@@ -1753,7 +1954,6 @@ def serve(environ: Mapping[str, str]) -> int:
 
 def finish(bot: Bot) -> int:
     """Finish what is under way; return how many replies are left."""
-    bot.shutdown()
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)  # a further one ends it; the first may come twice at once, on Heroku
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
@@ -1779,27 +1979,22 @@ def announce(settings: Settings, address: Any) -> None:
 
 
 def within_host(limits: Limits) -> Limits:
-    """Return `limits`, with as many connections and threads as the process may have files and memory for.
-
-    Beyond its memory a thread may die while it is being started, and who starts it would wait for ever.
-    """
+    """Return `limits`, less what the process may not have the files or the memory for."""
     try:
         import resource
-    except ImportError:  # Windows sets no such limits
-        return limits
-    threads = limits.connections + limits.senders + limits.crew
-    files = threads + limits.senders
-    soft, hard = (sys.maxsize if most == resource.RLIM_INFINITY else most
-                  for most in resource.getrlimit(resource.RLIMIT_NOFILE))
+    except ImportError:  # Windows
+        return limits._replace(connections=250, senders=200)  # select takes 512 sockets there
+    soft, hard, data = (sys.maxsize if most == resource.RLIM_INFINITY else most for most in (
+        *resource.getrlimit(resource.RLIMIT_NOFILE), resource.getrlimit(resource.RLIMIT_DATA)[0]))
+    files = limits.connections + limits.senders
     if soft < min(files + SPARE_FILES, hard):
         with contextlib.suppress(ValueError, OSError):  # a host may not let it have more
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(files + SPARE_FILES, hard), hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    data = resource.getrlimit(resource.RLIMIT_DATA)[0]
-    memory = 1.0 if data == resource.RLIM_INFINITY else (data - SPARE_BYTES) / (threads * THREAD_BYTES)
-    room = min(1.0, memory, (soft - SPARE_FILES) / files)
-    return limits._replace(**{name: max(1, int(getattr(limits, name) * room))
-                              for name in ("connections", "senders", "crew")})
+    return limits._replace(**{
+        name: max(1, int(getattr(limits, name) * min(1.0, room))) for room, names in (
+            ((soft - SPARE_FILES) / files, ("connections", "senders")),
+            ((data - SPARE_BYTES) / FULL_BYTES, ("held", "pending_bytes"))) for name in names})
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -1818,7 +2013,9 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         parser.error("only check takes a URL")
     if given and options.command != "serve":
         parser.error("only serve takes --host and --port")
-    tune_interpreter()
+    for stream in sys.stdin, sys.stdout:
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if options.command == "chat":
         if not sys.stdin or not sys.stdout:
             parser.error("chat needs standard input and output")
@@ -1827,31 +2024,6 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     if options.command == "check":
         return check(os.environ, options.url)
     return serve({**os.environ, **given})
-
-
-def tune_interpreter() -> None:
-    """Set Python up for hundreds of threads, and for whatever text comes in and goes out."""
-    if sys.implementation.name == "cpython":  # PyPy counts on the usual stack
-        threading.stack_size(STACK_BYTES)
-        sys.setrecursionlimit(RECURSION)
-    sys.setswitchinterval(SWITCH)
-    ask_glibc("mallopt", *ONE_HEAP)
-    for stream in sys.stdin, sys.stdout:
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def give_back_memory(deadlines: Deadlines) -> None:
-    """Have glibc return what is free to the system, now and every so often: else it keeps what a burst has taken."""
-    deadlines.set(TRIM, functools.partial(give_back_memory, deadlines))
-    ask_glibc("malloc_trim", 0)
-
-
-def ask_glibc(function: str, *arguments: int) -> None:
-    """Call a function of the C library; do nothing where that is not glibc, or where there is no ctypes."""
-    with contextlib.suppress(Exception):
-        import ctypes
-        getattr(ctypes.CDLL(None), function)(*arguments)
 
 
 if __name__ == "__main__":

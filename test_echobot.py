@@ -238,8 +238,15 @@ class BotTest(unittest.TestCase):
     def deliver_in_background(self, bot, payload):
         """Return a queue that will hold the status of the delivery's answer."""
         answers = queue.Queue()
-        threading.Thread(target=lambda: answers.put(self.deliver(bot, payload)[0]), daemon=True).start()
+        threading.Thread(target=lambda: answers.put(self.bring(bot, payload)), daemon=True).start()
         return answers
+
+    def bring(self, bot, payload):
+        """Return the status that a delivery is answered, or None if `bot` is gone."""
+        try:
+            return self.deliver(bot, payload)[0]
+        except (OSError, http.client.HTTPException):
+            return None
 
 
 class MadeYours(BotTest):
@@ -922,7 +929,12 @@ class WireTest(BotTest):
     def hold(self, bot):
         """Have `bot` hold deliveries; return queues: what is put there as one comes, and what answers one."""
         entered, go = queue.Queue(), queue.Queue()
-        bot.routes["/"]["POST"] = lambda request: entered.put(request) or echobot.Answer(200, go.get(timeout=WAIT))
+
+        def handle(request):
+            entered.put(request)
+            return echobot.Answer(200, (yield from bot.loop.crew.do(go.get, True, WAIT)))
+
+        bot.routes["/"]["POST"] = handle
         return entered, go
 
     def connect(self, bot, data=b""):
@@ -1123,12 +1135,12 @@ class WireTime(WireTest):
         clock = Clock()
         bot = self.start(clock=clock)
         sooner = self.begin(bot)
+        timers = len(bot.loop.timers)
         clock.pass_time(0.5)
         begun = [b"", b"", b"\r\n", b"POST / HTTP/1.1", framed(CHUNKED, body=b""), framed(CHUNKED, body=b"63\r\n{"),
                  framed()[:-20], framed(CHUNKED, body=b"0\r\nA: b"), framed("Content-Length: 99", body=b"{")]
         clients = [self.connect(bot, data) for data in begun] + [self.begin(bot)]
-        self.until(lambda: len(clients) + 1 == sum(getattr(late, "__name__", "") == "late_request"
-                                                   for _, late in list(bot.deadlines.open.values())))
+        self.until(lambda: len(bot.loop.timers) == timers + len(clients))
         for _ in range(19):
             clock.pass_time(0.5)
             for client in clients[1:]:
@@ -1179,34 +1191,18 @@ class WireTime(WireTest):
         clock.pass_time(2)
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
 
-    def test_an_answer_that_the_watch_has_given_is_not_given_again(self):
+    def test_who_has_been_answered_that_it_takes_too_long_gets_no_second_answer(self):
         clock = Clock()
         bot = self.start(clock=clock)
         entered, go = self.hold(bot)
-        client = self.connect(bot, sized(b"{}") + NEXT)
+        client = self.connect(bot, sized(b"{}") + LAST)
         entered.get(timeout=WAIT)
         clock.pass_time(4)
         select.select([client], [], [], WAIT)
         go.put("mine")
-        answer, = split(self.rest(client))
-        self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
+        self.assertEqual([answer.status for answer in split(self.rest(client))], [503, 200])
 
-    def test_a_thread_that_comes_while_the_watch_answers_leaves_it_the_time_to(self):
-        def late_answer():
-            go.put("mine")
-            select.select([client], [], [], 0.05)
-            return echobot.Answer(503, "the watch's")
-
-        clock = Clock()
-        bot = self.start(clock=clock)
-        entered, go = self.hold(bot)
-        client = self.connect(bot, sized(b"{}"))
-        entered.get(timeout=WAIT)
-        bot.late_answer = late_answer
-        clock.pass_time(4)
-        self.assertEqual([answer.text for answer in split(self.rest(client))], ["the watch's"])
-
-    def test_an_answer_in_time_is_not_given_again_by_the_watch(self):
+    def test_an_answer_in_time_is_not_given_again_at_the_deadline(self):
         clock = Clock()
         bot = self.start(clock=clock)
         entered, go = self.hold(bot)
@@ -1223,19 +1219,6 @@ class WireTime(WireTest):
         first.sendall(LAST)
         self.assertEqual([answer.text for answer in split(self.rest(first))], ["last"])
         go.put("too late")
-
-    def test_each_request_has_one_answer_where_the_watch_and_the_thread_are_both_at_it(self):
-        clock = Clock()
-        bot = self.start(clock=clock)
-        entered, go = self.hold(bot)
-        clients = [self.connect(bot, sized(b"{}", CLOSE)) for _ in range(12)]
-        for _ in clients:
-            entered.get(timeout=WAIT)
-        clock.pass_time(4)
-        for client in clients:
-            go.put("mine")
-            select.select([client], [], [], 0.002)
-        self.assertLessEqual({len(split(self.rest(client))) for client in clients}, {1})
 
 
 class WireHarm(WireTest):
@@ -1263,7 +1246,7 @@ class WireHarm(WireTest):
                         client.close()
                         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual({record.levelname for record in seen.records}, {"INFO"})
-        self.until(lambda: not bot.sockets and not bot.idle)
+        self.until(lambda: not bot.connections and not bot.idle)
 
     def test_a_bug_costs_its_request_an_answer_of_500_and_is_logged(self):
         def handle(request):
@@ -1303,26 +1286,45 @@ class WireHarm(WireTest):
         for line in map(echobot.LogFormat().format, seen.records):
             self.assertTrue(line.isprintable(), ascii(line))
 
-    def test_a_thread_that_cannot_be_started_costs_its_connection_and_nothing_more(self):
-        def process_request(request, client_address):
-            del bot.process_request
-            raise RuntimeError("can't start new thread")
+    def test_a_thread_that_dies_costs_its_reply_a_moment_and_nothing_more(self):
+        def die():
+            del bot.loop.crew.work
 
-        bot = self.start(limits={"connections": 1})
-        bot.process_request = process_request
-        with self.assertLogs("echobot", "ERROR"):
-            self.assertEqual(self.raw(bot, b""), b"")
-        self.assertEqual(self.said(bot, LAST), [(200, "last")])
+        go = threading.Event()
+        bot = self.start(reply=lambda message: "hi" if message["text"] == "hello" or go.wait(WAIT) else None)
+        held = self.deliver_in_background(bot, delivery(message("hold", "m_held")))
+        self.until(lambda: bot.outbox.pending and bot.loop.crew.jobs.empty())
+        bot.loop.crew.work = die
+        answer = self.deliver(bot, delivery(message(sender="3")))
+        self.assertEqual((answer, vars(bot.loop.crew).get("work")), ((200, "ok"), None))
+        go.set()
+        self.assertEqual(held.get(timeout=WAIT), 200)
 
-    def test_a_connection_whose_thread_dies_before_it_begins_is_closed_by_the_watch(self):
-        clock = Clock()
-        bot = self.start(clock=clock, limits={"connections": 1})
-        serve, bot.process_request_thread = bot.process_request_thread, lambda request, client_address: None
-        client = self.connect(bot)
-        self.until(lambda: bot.sockets)
-        clock.pass_time(10)
-        self.assertEqual(self.rest(client), b"")
-        bot.process_request_thread = serve
+    def test_where_much_is_being_read_who_sends_much_is_refused_and_a_small_delivery_is_answered(self):
+        bot, much = self.start(limits={"held": 2 * MIB + 4096}), framed("Content-Length: %d" % MIB, CLOSE, body=b"x" * (MIB - 1))
+        clients = [self.connect(bot, much) for _ in range(2)]
+        self.until(lambda: bot.loop.held > 2 * (MIB - 1))
+        self.assertEqual(self.statuses(bot, much), [503])
+        self.assertEqual(self.deliver(bot, delivery(message())), (200, "ok"))
+        for client in clients:
+            client.sendall(b"x")
+            self.assertEqual(self.one(client).status, 400)
+        self.until(lambda: not bot.loop.held)
+        self.assertEqual(self.statuses(bot, much + b"x"), [400])
+
+    def test_a_bug_in_the_loop_is_logged_and_stops_nothing(self):
+        def bug():
+            raise ValueError
+
+        def steps():
+            yield
+            bug()
+
+        bot = self.start()
+        with self.assertLogs("echobot", "ERROR") as seen:
+            bot.loop.at(0, bug)
+            bot.loop.wake_from_thread(bot.loop.start(steps()))
+            self.until(lambda: len(seen.records) == 2)
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
 
     def test_when_files_run_out_connections_wait(self):
@@ -1394,9 +1396,17 @@ class PromiseTest(BotTest):
                               **more)
 
     def elapse(self, bot, seconds):
-        """Let time pass, and have the watch look at once."""
-        bot.deadlines.clock.pass_time(seconds)
-        bot.deadlines.enforce()
+        """Let time pass, and wait until the bot has seen it."""
+        def look():
+            bot.loop.keep_time()
+            seen.set()
+            yield
+
+        seen = threading.Event()
+        bot.loop.clock.pass_time(seconds)
+        bot.loop.wake_from_thread(bot.loop.start(look()))
+        while not (seen.wait(0.01) or bot.closed.is_set()):
+            pass
 
     def elapse_until(self, bot, seconds, condition):
         """Let `seconds` pass, and again as often as it takes."""
@@ -1408,16 +1418,9 @@ class PromiseTest(BotTest):
 
     def entered(self, bot):
         """Return a queue that gets an item for each delivery that `bot` lines up or joins from now on."""
-        entered, enter = queue.Queue(), bot.outbox.enter
-        bot.outbox.enter = lambda *replies: entered.put(replies) or enter(*replies)
+        entered, deliver = queue.Queue(), bot.outbox.deliver
+        bot.outbox.deliver = lambda *replies: entered.put(replies) or deliver(*replies)
         return entered
-
-    def bring(self, bot, *events):
-        """Return the status that a delivery is answered, or None if `bot` is gone."""
-        try:
-            return self.deliver(bot, delivery(*events))[0]
-        except (OSError, http.client.HTTPException):
-            return None
 
     def wired_graph(self):
         graph = WiredGraph()
@@ -1556,7 +1559,7 @@ class Pauses(PromiseTest):
     def failing_bot(self, *answers):
         """Return a bot on whose only reply Graph gives the last answer for ever, and the times of its calls."""
         def answer(call):
-            times.append(bot.deadlines.clock.now)
+            times.append(bot.loop.clock.now)
             return answers[min(len(times), len(answers)) - 1]
 
         times = []
@@ -1599,8 +1602,8 @@ class Pauses(PromiseTest):
         with self.assertLogs("echobot", "WARNING") as logs:
             answers = self.deliver_in_background(bot, delivery(message(mid="m_lost")))
             self.until(lambda: logs.records)
-            started = bot.deadlines.clock.now
-            while bot.deadlines.clock.now < started + 59:
+            started = bot.loop.clock.now
+            while bot.loop.clock.now < started + 59:
                 self.elapse(bot, 1)
                 self.assertTrue(bot.outbox.pending)
             self.settle(bot, 1)
@@ -1628,13 +1631,13 @@ class Pauses(PromiseTest):
             return answer, "ERROR" in [record.levelname for record in logs.records]
 
         graph.answer = lambda call: error(2, 500)
-        until = bot.deadlines.clock.now + 600
+        until = bot.loop.clock.now + 600
         for number in itertools.count():
             self.assertEqual(status(number), (503, False))
             self.settle(bot, 10)
-            if bot.deadlines.clock.now > until - 80:
+            if bot.loop.clock.now > until - 80:
                 break
-        self.elapse(bot, until - bot.deadlines.clock.now)
+        self.elapse(bot, until - bot.loop.clock.now)
         self.assertEqual(status(1001), (200, True))
         graph.answer = in_turn()
         self.settle(bot)
@@ -1660,7 +1663,7 @@ class Pauses(PromiseTest):
         self.elapse(bot, 4)
         self.assertEqual(answers.get(timeout=WAIT), 503)
         self.settle(bot)
-        bot.deadlines.clock.pass_time(7200)
+        bot.loop.clock.pass_time(7200)
         graph.answer = held(hold)
         answers = self.deliver_in_background(bot, delivery(message("late", "m_2")))
         self.until(lambda: "late" in graph.texts())
@@ -1705,6 +1708,12 @@ class OnceOnly(PromiseTest):
         self.until(lambda: entered.qsize() == 2)
         go.set()
         self.assertEqual((again.get(timeout=WAIT), asked.qsize()), (200, 1))
+
+    def test_replies_that_take_their_time_are_asked_for_side_by_side(self):
+        together = threading.Barrier(10)
+        bot = self.start_bot(reply=lambda message: str(together.wait(WAIT)))
+        people = [message(mid="m_%d" % number, sender="2%d" % number) for number in range(10)]
+        self.assertEqual(self.deliver(bot, delivery(*people)), (200, "ok"))
 
     def test_what_reply_does_wrong_gets_500_and_starts_afresh_and_nothing_to_say_is_said_once(self):
         graph = self.start_graph()
@@ -1905,10 +1914,10 @@ class Draining(PromiseTest):
         bot = self.start_frozen_bot(graph, {"drain": 25})
         answers = self.deliver_in_background(bot, delivery(message()))
         self.until(graph.calls.qsize)
-        started = bot.deadlines.clock.now
+        started = bot.loop.clock.now
         self.stop_in_background(bot)
         self.elapse_until(bot, 0.5, bot.closed.is_set)
-        self.assertGreaterEqual(bot.deadlines.clock.now, started + 25)
+        self.assertGreaterEqual(bot.loop.clock.now, started + 25)
         self.assertEqual(answers.get(timeout=WAIT), 503)
         hold.set()
 
@@ -2011,7 +2020,7 @@ class Processes(PromiseTest):
             for number in itertools.count():
                 text = "%s%d" % (name, number)
                 sent.append(text)
-                status = self.bring(bot, message(text, text, name))
+                status = self.bring(bot, delivery(message(text, text, name)))
                 if status is None:
                     return
                 done.extend([text] * (status == 200))
@@ -2044,7 +2053,7 @@ class Processes(PromiseTest):
         hold = threading.Event()
         graph = self.start_graph(held(hold))
         process = Process(self, GRAPH_URL=graph.url)
-        threading.Thread(target=self.bring, args=(process, message())).start()
+        threading.Thread(target=self.bring, args=(process, delivery(message()))).start()
         self.until(graph.calls.qsize)
         process.popen.terminate()
         process.line("stopping")
@@ -2064,17 +2073,6 @@ class Processes(PromiseTest):
         self.assertEqual(set(sent) - set(graph.texts()), set())
 
     @unittest.skipUnless(platform.libc_ver()[0] == "glibc" and os.path.exists("/proc/self/maps"), "needs glibc")
-    def test_all_threads_share_one_heap(self):
-        """glibc reserves 64 MiB for each further one, of which it cannot use much at first."""
-        process = Process(self, GRAPH_URL=self.start_graph().url)
-        _, _, threads = self.load(process)
-        with open("/proc/%d/maps" % process.popen.pid) as file:
-            reserved = re.findall("^([0-9a-f]+)-([0-9a-f]+) ---p .* 0 *$", file.read(), re.M)
-        self.assertEqual([size for size in (int(end, 16) - int(start, 16) for start, end in reserved)
-                          if size > 32 * 1024 ** 2], [])
-        process.popen.kill()
-        self.finish(process, threads)
-
     def test_calls_go_through_the_proxy_of_the_environment(self):
         proxy = self.start_graph()
         address = "http://user:pass%%20word@127.0.0.1:%d/" % proxy.server_address[1]
@@ -2097,7 +2095,7 @@ class Processes(PromiseTest):
         proxy.RequestHandlerClass = Refusing
         address = "http://user:pass%%20word@127.0.0.1:%d" % proxy.server_address[1]
         process = Process(self, GRAPH_URL="https://graph.invalid/v26.0", https_proxy=address)
-        threading.Thread(target=self.bring, args=(process, message())).start()
+        threading.Thread(target=self.bring, args=(process, delivery(message()))).start()
         line = process.line("WARNING")
         self.assertRegex(line, "tried again.*Tunnel connection failed: 403")
         self.assertNotRegex(line, "pass|%s|%s" % (TOKEN, SECRET))
@@ -2245,7 +2243,9 @@ class CommandTest(BotTest):
 class PlayedGraph(CommandTest):
     def test_it_takes_what_graph_takes_and_refuses_what_graph_refuses(self):
         said, right = [], echobot.credentials(echobot.Settings(token=TOKEN, secret=SECRET))
-        played = echobot.PlayedGraph(right, said.append, lambda *lines: None)
+        loop = echobot.Loop()
+        self.addCleanup(loop.close)
+        played = echobot.PlayedGraph(loop, right, said.append, lambda *lines: None)
         self.start(played)
         for name, query, change, code in (
             ("a right call", right, {}, None),
