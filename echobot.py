@@ -90,7 +90,7 @@ PIECE_BYTES = 16 * 1024      # read at a time: a whole TLS record, for no select
 FAIR_BYTES = 64 * 1024       # of a message that is read however many others are: nearly all have less
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
-SPARE_BYTES = 32 * 1024**2   # of memory, left to the interpreter and the first threads
+SPARE_BYTES = 24 * 1024**2   # of memory, left to the interpreter and the first threads
 FULL_BYTES = 128 * 1024**2   # further ones that are used up where `held` and `pending_bytes` are: JSON takes more, parsed
 TICK = 0.02                  # s between two looks at the clock, and at the crew's work
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
@@ -1992,7 +1992,7 @@ def within_host(limits: Limits) -> Limits:
             resource.setrlimit(resource.RLIMIT_NOFILE, (min(files + SPARE_FILES, hard), hard))
         soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     return limits._replace(**{
-        name: max(1, int(getattr(limits, name) * min(1.0, room))) for room, names in (
+        name: int(getattr(limits, name) * min(1.0, max(0.01, room))) for room, names in (
             ((soft - SPARE_FILES) / files, ("connections", "senders")),
             ((data - SPARE_BYTES) / FULL_BYTES, ("held", "pending_bytes"))) for name in names})
 
