@@ -1312,6 +1312,36 @@ class WireHarm(WireTest):
         self.until(lambda: not bot.loop.held)
         self.assertEqual(self.statuses(bot, much + b"x"), [400])
 
+    def test_what_comes_while_nobody_reads_waits_and_costs_nothing(self):
+        bot = self.start()
+        entered, go = self.hold(bot)
+        client = self.connect(bot, sized(b"{}"))
+        entered.get(timeout=WAIT)
+        client.sendall(LAST)
+        turns, wait = [], bot.loop.wait
+        bot.loop.wait = lambda: turns.append(bot.loop.looked) or wait()
+        self.until(lambda: len(set(turns)) > 5)
+        self.assertLess(len(turns), 60)
+        go.put("first")
+        self.assertEqual([answer.text for answer in split(self.rest(client))], ["first", "last"])
+
+    def test_what_has_been_dealt_with_is_not_counted_as_held(self):
+        graph = self.start_graph()
+        bot = self.start_bot(graph)
+        with closing(http.client.HTTPConnection("127.0.0.1", bot.server_address[1], timeout=WAIT)) as connection:
+            for number in range(3):
+                body = json.dumps(delivery(message(mid="m_%d" % number))).encode()
+                connection.request("POST", "/", body, sign(body))
+                self.assertEqual(connection.getresponse().read(), b"ok")
+            self.until(lambda: bot.loop.held == 0)
+            self.assertTrue(bot.idle and bot.client.idle)
+
+    def test_no_answer_waits_for_a_client_to_acknowledge_what_went_before(self):
+        bot = self.start()
+        self.one(self.connect(bot, say("hello")))
+        self.assertTrue(all(connection.stream.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+                            for connection in bot.connections))
+
     def test_a_bug_in_the_loop_is_logged_and_stops_nothing(self):
         def bug():
             raise ValueError
@@ -1871,6 +1901,19 @@ class Order(PromiseTest):
         self.stop(bot)
         self.assertEqual(graph.calls.qsize(), 50)
 
+    def test_no_more_people_are_written_to_at_once_than_may_be(self):
+        hold = threading.Event()
+        graph = self.start_graph(held(hold))
+        bot = self.start_bot(graph, {"senders": 2, "answer": WAIT})
+        people = [message(mid=str(number), sender=str(number)) for number in range(2, 8)]
+        answers = self.deliver_in_background(bot, delivery(*people))
+        self.until(lambda: graph.calls.qsize() == 2)
+        self.assertEqual(self.request(bot, "GET", "/healthz")[0], 200)
+        self.assertEqual(len(graph.connections), 2)
+        hold.set()
+        self.assertEqual(answers.get(timeout=WAIT), 200)
+        self.assertEqual((graph.calls.qsize(), len(graph.connections)), (6, 2))
+
     def test_a_long_text_goes_out_in_order_and_goes_on_where_it_failed(self):
         long = "".join("%09d " % number for number in range(950))
         graph = self.start_graph(in_turn(ACCEPTED, ACCEPTED, error(2, 500), None))
@@ -1884,6 +1927,29 @@ class Order(PromiseTest):
 
 class Draining(PromiseTest):
     """Being told to stop, the bot finishes what is under way."""
+
+    def test_it_waits_for_no_client_that_has_nothing_under_way(self):
+        bot = self.start_frozen_bot(self.start_graph(), {"drain": 10 ** 6})
+        with closing(http.client.HTTPConnection("127.0.0.1", bot.server_address[1], timeout=WAIT)) as used:
+            used.request("GET", "/healthz")
+            self.assertEqual(used.getresponse().read(), b"ok")
+            with closing(socket.create_connection(bot.server_address, WAIT)) as silent:
+                self.until(lambda: len(bot.idle) == 2)
+                self.stop_in_background(bot).join(WAIT)
+                self.assertTrue(bot.closed.is_set())
+                self.assertEqual((silent.recv(1), used.sock.recv(1)), (b"", b""))
+
+    def test_what_is_left_in_the_end_is_left_without_a_word(self):
+        hold = threading.Event()
+        graph = self.start_graph(held(hold))
+        bot = self.start_frozen_bot(graph)
+        self.deliver_in_background(bot, delivery(message()))
+        self.until(graph.calls.qsize)
+        with self.assertLogs("echobot") as seen:
+            echobot.log.info("assertLogs wants a line")
+            self.stop(bot)
+        hold.set()
+        self.assertEqual((len(seen.output), len(bot.outbox.pending)), (1, 1))
 
     def test_what_is_under_way_is_finished_and_answered_and_nothing_new_is_taken(self):
         hold = threading.Event()
@@ -2047,6 +2113,20 @@ class Processes(PromiseTest):
         process.popen.terminate()
         self.assertEqual(self.finish(process, threads), 0)
         self.assertEqual(sorted(graph.texts()), sorted(done))
+
+    @unittest.skipUnless(os.name == "posix", "needs limits")
+    def test_it_keeps_to_what_the_host_lets_it_have(self):
+        code = ("import resource as r; r.setrlimit(r.RLIMIT_%s, (%d, %d)); from echobot import *; "
+                "now = within_host(Limits()); print(now.connections, now.senders, now.held, now.pending_bytes)")
+        usual = echobot.Limits()
+        for name, most, files, memory in (("NOFILE", 120, 0.1, 1), ("NOFILE", 1000, 1, 1), ("NOFILE", 41, 0.01, 1),
+                                          ("DATA", 88 * MIB, 1, 0.5), ("DATA", 2 ** 40, 1, 1)):
+            with self.subTest(name, most=most):
+                said = subprocess.check_output([*PYTHON, "-c", code % (name, most, most)],
+                                               cwd=os.path.dirname(echobot.__file__))
+                self.assertEqual([int(part) for part in said.split()],
+                                 [usual.connections * files, usual.senders * files,
+                                  int(usual.held * memory), int(usual.pending_bytes * memory)])
 
     @unittest.skipUnless(os.name == "posix", "needs signals")
     def test_a_second_sigterm_ends_it_at_once(self):
