@@ -9,7 +9,7 @@ The settings are environment variables:
 
     PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
     APP_SECRET          the app's secret, which signs deliveries; a token needs it
-    ALLOW_UNSIGNED      1 takes deliveries from anybody: for trying only
+    ALLOW_UNSIGNED      1 lets a token do without APP_SECRET, and so anybody in: for trying only
     VERIFY_TOKEN        what the webhook's set-up page must send; default my_voice_is_my_password_verify_me
     HOST, PORT          where to listen; default 0.0.0.0 and 5000
     GRAPH_URL           the Graph API and its version; default https://graph.facebook.com/v26.0
@@ -91,7 +91,7 @@ FAIR_BYTES = 64 * 1024       # of a message that is read however many others are
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 SPARE_BYTES = 24 * 1024**2   # of memory, left to the interpreter and the first threads
-FULL_BYTES = 128 * 1024**2   # further ones that are used up where `held` and `pending_bytes` are: JSON takes more, parsed
+FULL_BYTES = 128 * 1024**2   # of memory that `held` and `pending_bytes` come to, for JSON takes more once parsed
 TICK = 0.02                  # s between two looks at the clock, and at the crew's work
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 
@@ -182,7 +182,7 @@ def wrong_settings(settings: Settings, allow_unsigned: str) -> Iterator[str]:
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or set ALLOW_UNSIGNED=1 to let anybody in")
     if allow_unsigned not in ("0", "1"):
-        yield "ALLOW_UNSIGNED must be 1 or 0: set it to 1 to take deliveries from anybody, or remove it"
+        yield "ALLOW_UNSIGNED must be 1 or 0: set it to 1 to do without APP_SECRET, or remove it"
     if settings.port < 0:
         yield "PORT (or --port) must be a whole number from 0 to 65535: set it to the port to listen on, such as 5000"
     if not re.fullmatch(r"[^\s/\[\]]+", settings.host) or settings.host.count(":") == 1:
@@ -721,7 +721,7 @@ def read_head(stream: Stream) -> Steps[str]:
     looked, end = 0, None
     while not end:
         if stream.ahead[:1] == TLS_HELLO:
-            raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy that has the certificate in front.")
+            raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy with the certificate in front.")
         end = END_OF_HEAD.search(stream.ahead, max(0, looked - 2))
         looked = len(stream.ahead)
         if looked > LINE_BYTES:
@@ -768,7 +768,7 @@ def framing(fields: Fields) -> Optional[int]:
     if length is None:
         return None
     if not (length.isdigit() and length.isascii()):
-        raise Refusal(400, "Content-Length is not a number.")
+        raise Refusal(400, "Content-Length is not a number, or given twice.")
     size = float(length)  # not int, which refuses thousands of digits
     if size > BODY_BYTES:
         raise Refusal(413, "The body is longer than %d bytes." % BODY_BYTES)
@@ -978,7 +978,8 @@ MEANINGS: Dict[Any, str] = {
         "ask for pages_messaging in app review",
     17: "the user makes too many calls: send fewer messages",
     32: "the page makes too many calls: send fewer messages",
-    100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
+    100: "a parameter is wrong, such as a blank text, or the page knows no such person: check that the token is this "
+         "page's, and GRAPH_URL",
     102: "the session is over: make a new PAGE_ACCESS_TOKEN",
     190: "the token is not valid any more: make a new PAGE_ACCESS_TOKEN",
     230: "a permission is missing: ask for pages_messaging in app review",
@@ -1190,8 +1191,8 @@ class Outbox:
         self.loop.woken.extend(owed.waiting)
 
     def settle(self, replies: Sequence[Owed]) -> Steps[int]:
-        """Wait until all the replies have ended; return 200 if they are settled, 500 if a bug has ended one, and 503 if one
-        is given up."""
+        """Wait until all the replies have ended; return 200 if they are settled, 500 if a bug has ended one, and 503 if
+        one is given up."""
         for owed in replies:
             owed.waiting.append(self.loop.task)
             while not owed.ended:
@@ -1199,7 +1200,7 @@ class Outbox:
         return max([owed.status for owed in replies], default=200)
 
 
-# ---- The server: anybody's requests, a thread a connection ---------------------------------------------------------
+# ---- The server: anybody's requests, a task a connection -----------------------------------------------------------
 
 class Request(NamedTuple):
     """A request, read whole."""
@@ -1223,6 +1224,7 @@ class Answer(NamedTuple):
 NO_MEMORY = Refusal(503, "There is no memory left for this: bring it again.")
 BUG = Answer(500, "Something is wrong here.")
 Respond = Callable[[Request], Union[Answer, Steps[Answer]]]
+Routes = Dict[str, Dict[str, Respond]]  # by path and method
 
 
 def read_request(stream: Stream) -> Steps[Request]:
@@ -1339,7 +1341,7 @@ class Connection:
 class WebServer:
     """An HTTP server that keeps to its limits whoever calls."""
 
-    def __init__(self, listener: socket.socket, routes: Dict[str, Dict[str, Respond]], limits: Limits, loop: Loop) -> None:
+    def __init__(self, listener: socket.socket, routes: Routes, limits: Limits, loop: Loop) -> None:
         self.socket, self.routes, self.limits, self.loop = listener, routes, limits, loop
         self.server_address = listener.getsockname()
         self.connections: Set[Connection] = set()
@@ -1550,7 +1552,7 @@ make_server = Bot
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
-BRINGS = 20                       # times that a delivery is brought; Messenger goes on for an hour
+BRINGS = 200                      # times that a delivery is brought, in a minute; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it sends or the error that Graph gives
     "/sticker": ("a sticker", [{"message": {"attachments": [
@@ -1578,7 +1580,7 @@ class PlayedGraph(WebServer):
     """Graph, for `chat`: refuses what the real one refuses, and says the rest."""
 
     def __init__(self, loop: Loop, credentials: str, say: Callable[[str], None], show: Callable[..., None]) -> None:
-        routes: Dict[str, Dict[str, Respond]] = {"/v26.0/me/messages": {"POST": self.handle_call}}
+        routes: Routes = {"/v26.0/me/messages": {"POST": self.handle_call}}
         super().__init__(listening_socket("127.0.0.1", 0), routes, Limits(), loop)
         self.credentials, self.say, self.show, self.fault = credentials, say, show, ""
 
@@ -1724,6 +1726,12 @@ class Chat:
         """List the commands."""
         for command, (meaning, _) in COMMANDS.items():
             self.note("  %-10s %s" % (command, meaning))
+
+
+def chat() -> int:
+    """Talk until the input ends; return the exit status."""
+    start_log("WARNING", quotes=True)
+    return Chat().run()
 
 
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
@@ -2016,14 +2024,14 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for stream in sys.stdin, sys.stdout:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if options.command == "chat":
-        if not sys.stdin or not sys.stdout:
-            parser.error("chat needs standard input and output")
-        start_log("WARNING", quotes=True)
-        return Chat().run()
-    if options.command == "check":
-        return check(os.environ, options.url)
-    return serve({**os.environ, **given})
+    if options.command == "serve":
+        return serve({**os.environ, **given})
+    if not sys.stdin or not sys.stdout:
+        parser.error("%s needs standard input and output" % options.command)
+    try:
+        return check(os.environ, options.url) if options.command == "check" else chat()
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT  # as a shell has it
 
 
 if __name__ == "__main__":

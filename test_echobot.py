@@ -1301,7 +1301,8 @@ class WireHarm(WireTest):
         self.assertEqual(held.get(timeout=WAIT), 200)
 
     def test_where_much_is_being_read_who_sends_much_is_refused_and_a_small_delivery_is_answered(self):
-        bot, much = self.start(limits={"held": 2 * MIB + 4096}), framed("Content-Length: %d" % MIB, CLOSE, body=b"x" * (MIB - 1))
+        bot = self.start(limits={"held": 2 * MIB + 4096})
+        much = framed("Content-Length: %d" % MIB, CLOSE, body=b"x" * (MIB - 1))
         clients = [self.connect(bot, much) for _ in range(2)]
         self.until(lambda: bot.loop.held > 2 * (MIB - 1))
         self.assertEqual(self.statuses(bot, much), [503])
@@ -2127,6 +2128,19 @@ class Processes(PromiseTest):
                 self.assertEqual([int(part) for part in said.split()],
                                  [usual.connections * files, usual.senders * files,
                                   int(usual.held * memory), int(usual.pending_bytes * memory)])
+
+    @unittest.skipUnless(os.name == "posix", "needs signals")
+    def test_ctrl_c_ends_a_check_without_a_traceback(self):
+        hold = threading.Event()
+        graph = self.start_graph(held(hold))
+        process = subprocess.Popen([*PYTHON, "-W", "error", program(), "check"], stderr=subprocess.STDOUT,
+                                   stdout=subprocess.PIPE, env=dict(os.environ, PAGE_ACCESS_TOKEN=TOKEN, no_proxy="*",
+                                                                    APP_SECRET=SECRET, GRAPH_URL=graph.url))
+        self.addCleanup(process.stdout.close)
+        graph.calls.get(timeout=WAIT)
+        process.send_signal(signal.SIGINT)
+        self.assertEqual((process.wait(WAIT), process.stdout.read().count(b"\n")), (130, 1))
+        hold.set()
 
     @unittest.skipUnless(os.name == "posix", "needs signals")
     def test_a_second_sigterm_ends_it_at_once(self):
