@@ -93,6 +93,7 @@ SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 SPARE_BYTES = 24 * 1024**2   # of memory, left to the interpreter and the first threads
 FULL_BYTES = 128 * 1024**2   # of memory that `held` and `pending_bytes` come to, for JSON takes more once parsed
 TICK = 0.02                  # s between two looks at the clock, and at the crew's work
+RAISE = 8                    # threads that a crew gets more in a tick: all 100 in a quarter of a second
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 
 
@@ -421,7 +422,8 @@ class Loop:
     """Lets tasks take turns: those whose socket is ready, whose time is over, or whom another task has woken."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, limits: Limits = Limits()) -> None:
-        self.clock, self.limits, self.crew = clock, limits, Crew(self, limits.crew)
+        self.clock, self.limits = clock, limits
+        self.crew, self.connectors = Crew(self, limits.crew), Crew(self, limits.crew)
         self.tasks: Set[Task] = set()
         self.task: Task  # whose turn it is
         self.woken: Deque[Task] = collections.deque()
@@ -472,6 +474,7 @@ class Loop:
             self.looked = time.monotonic()
             self.keep_time()
             self.crew.grow()
+            self.connectors.grow()
 
     def step(self, task: Task) -> None:
         """Let a task go on until it has to wait."""
@@ -530,20 +533,22 @@ class Loop:
         for task in self.tasks:
             task.steps.close()
         self.crew.close()
+        self.connectors.close()
         self.selector.close()
         self.bell.close()
         self.rope.close()
 
 
 class Crew:
-    """Threads for what blocks: `reply`, which may be anybody's code, and connecting.
+    """Threads for what blocks: `reply`, which may be anybody's code, or connecting.
 
-    One of them does the jobs as they come, for most are done at once.  Those that still wait a tick later get a thread
-    each, which ends when there is nothing left to do.
+    One of them does the jobs as they come, for most are done at once.  For those that still wait a tick later there are
+    more, which end when there is nothing left to do; but not while they compute, for they would take turns with the loop.
     """
 
     def __init__(self, loop: Loop, most: int) -> None:
-        self.loop, self.most, self.waited = loop, most, 0
+        self.loop, self.most = loop, most
+        self.waited, self.computed = 0, 0.0  # jobs, and s of the processor's time, when `grow` looked last
         self.threads: Set[int] = set()  # those that have begun
         self.jobs: queue.SimpleQueue[Optional[Callable[[], None]]] = queue.SimpleQueue()
 
@@ -551,13 +556,13 @@ class Crew:
         """Return what `function` returns, or raise what it raises."""
         task = self.loop.task
         returned: List[T] = []
-        raised: List[BaseException] = []
+        raised: List[Exception] = []
 
         def job() -> None:
             try:
                 returned.append(function(*arguments))
-            except BaseException as error:  # SystemExit too: it is not the thread's to end by
-                raised.append(error)
+            except BaseException as error:  # SystemExit too: it is neither the thread's nor the task's to end by
+                raised.append(error if isinstance(error, Exception) else RuntimeError(repr(error)))
             self.loop.wake_from_thread(task)
 
         self.jobs.put(job)
@@ -568,16 +573,14 @@ class Crew:
         return returned[0]
 
     def grow(self) -> None:
-        """Start a thread for each job that has waited since the last tick, and always the first.
-
-        Without waiting until it runs: where memory is short it may never.
-        """
-        waiting = self.jobs.qsize()
-        needed = min(self.waited, waiting) if self.threads else 1
+        """Start threads for jobs that have waited since the last tick, and always the first, without waiting until it
+        runs: where memory is short it may never."""
+        waiting, computed = self.jobs.qsize(), time.process_time() - time.thread_time()  # all other threads'
+        needed = min(self.waited, waiting, RAISE) if computed - self.computed < TICK / 2 else 0
         with contextlib.suppress(RuntimeError, MemoryError):  # none can be had now
-            for _ in range(min(needed, self.most - len(self.threads))):
+            for _ in range(min(needed, self.most - len(self.threads)) if self.threads else 1):
                 _thread.start_new_thread(self.work, ())
-        self.waited = waiting
+        self.waited, self.computed = waiting, computed
 
     def work(self) -> None:
         """Do jobs until there is none; then, as the last thread, wait for more."""
@@ -887,7 +890,8 @@ class Client:
         if link:
             with contextlib.suppress(ConnectionError, ssl.SSLError):  # closed just now: once more, on one that is new
                 return (yield from self.exchange(link, request))
-        link = Link(self.loop, (yield from self.loop.crew.do(self.connect)))
+        with self.loop.within(3 * self.timeout):  # to reach a proxy, to have it reach the server, to agree on TLS
+            link = Link(self.loop, (yield from self.loop.connectors.do(self.connect)))
         return (yield from self.exchange(link, request))
 
     def reuse(self) -> Optional[Link]:
@@ -916,8 +920,10 @@ class Client:
         try:
             with self.loop.within(self.timeout):
                 response = yield from link.exchange(request)
-        except BaseException:
+        except BaseException as error:
             link.close()
+            if isinstance(error, Late):  # those that are idle may lead to the same dead end
+                self.close()
             raise
         if link.ahead or "close" in response.fields.get("connection", "").lower():
             link.close()  # what comes beyond the answer nobody asked for, and the next call would take it for its
@@ -1129,12 +1135,11 @@ class Outbox:
 
     def send_reply(self, owed: Owed) -> Steps[bool]:
         """Send what is left of a reply, and end it; return False if it has to wait instead."""
-        now = self.loop.clock()
-        owed.since = owed.since or now
         try:
-            if now < owed.since + self.limits.retry:
-                if owed.text is None:
-                    yield from self.loop.crew.do(owed.ask, self.reply)
+            if owed.text is None:
+                yield from self.loop.crew.do(owed.ask, self.reply)
+                owed.since = self.loop.clock()
+            if self.loop.clock() < owed.since + self.limits.retry:
                 yield from self.send_pieces(owed)
             else:
                 owed.status = 503
@@ -1142,9 +1147,7 @@ class Outbox:
         except Passing as failure:
             self.postpone(owed, failure)
             return False
-        except GeneratorExit:  # the loop is closed
-            raise
-        except BaseException:  # SystemExit too: it must not take the person's line with it
+        except Exception:
             owed.status = 500
             log.exception("a bug ended the reply to %s, mid %s", owed.recipient, owed.mid)
         self.end(owed)
