@@ -1280,7 +1280,7 @@ class Connection:
             self.stream.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             request = yield from self.receive()
             while request:
-                answer = yield from self.answer(request)
+                answer = yield from self.server.answer(request)
                 keep = request.keep and not self.server.closing
                 with self.within(self.limits.idle):
                     yield from self.send(answer, keep, request.method != "HEAD")
@@ -1316,14 +1316,6 @@ class Connection:
             return not self.server.closing and (yield from self.stream.more())
         finally:
             self.server.idle.discard(self)
-
-    def answer(self, request: Request) -> Steps[Answer]:
-        """Return the answer to a request, in time."""
-        try:
-            with self.within(self.limits.answer):
-                return (yield from self.server.answer(request))
-        except Late:
-            return self.server.late_answer()
 
     def send(self, answer: Answer, keep: bool, with_body: bool = True) -> Steps[None]:
         """Send an answer."""
@@ -1393,10 +1385,13 @@ class WebServer:
         self.listen(True)
 
     def answer(self, request: Request) -> Steps[Answer]:
-        """Return the answer to `request`, whatever happens."""
+        """Return the answer to `request`, in time and whatever happens."""
         try:
-            answer = self.dispatch(request)
-            return answer if isinstance(answer, Answer) else (yield from answer)
+            with self.loop.within(self.limits.answer):
+                answer = self.dispatch(request)
+                return answer if isinstance(answer, Answer) else (yield from answer)
+        except Late:
+            return self.late_answer()
         except Refusal as refusal:
             log.log(logging.WARNING if refusal.status == 403 else logging.INFO, "%s", refusal.why)
             return Answer(refusal.status, refusal.text)
