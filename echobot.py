@@ -427,8 +427,8 @@ class Loop:
         self.tasks: Set[Task] = set()
         self.task: Task  # whose turn it is
         self.woken: Deque[Task] = collections.deque()
-        self.numbers, self.looked = itertools.count(), 0.0  # of timers; when the clock was last looked at
-        self.timers: Dict[int, Tuple[float, Callable[[], None]]] = {}
+        self.looked = 0.0    # when the clock was last looked at
+        self.timers: Dict[Callable[[], None], float] = {}  # what to call, and when
         self.held = 0        # bytes of messages that are being read, or dealt with
         self.asleep = False  # or about to be
         self.selector = selectors.DefaultSelector()
@@ -501,19 +501,16 @@ class Loop:
             with contextlib.suppress(OSError):  # it rings already, or the loop is closed
                 self.rope.send(b"\0")
 
-    def at(self, seconds: float, act: Callable[[], None]) -> int:
-        """Have `act` called in so many seconds; return the timer's number."""
-        number = next(self.numbers)
-        self.timers[number] = self.clock() + seconds, act
-        return number
+    def at(self, seconds: float, act: Callable[[], None]) -> None:
+        """Have `act` called in so many seconds."""
+        self.timers[act] = self.clock() + seconds
 
     def keep_time(self) -> None:
         """Call what is due."""
         now = self.clock()
-        for number, (when, act) in list(self.timers.items()):
-            if when <= now and number in self.timers:
-                del self.timers[number]
-                act()
+        for act in [act for act, when in self.timers.items() if when <= now]:
+            del self.timers[act]
+            act()
 
     @contextlib.contextmanager
     def within(self, seconds: float) -> Iterator[None]:
@@ -522,11 +519,11 @@ class Loop:
             task.late = True
             self.woken.append(task)
 
-        number = self.at(seconds, make_late)
+        self.at(seconds, make_late)
         try:
             yield
         finally:
-            self.timers.pop(number, None)
+            self.timers.pop(make_late, None)
 
     def close(self) -> None:
         """End the tasks that are left, and give back what the loop has of the system's."""
