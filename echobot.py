@@ -1467,7 +1467,6 @@ class Bot(WebServer):
         health: Dict[str, Respond] = {"GET": lambda request: Answer(200, "ok")}
         routes = {"/": webhook, "/webhook": webhook, "/healthz": health}
         listener = listening_socket(settings.host, settings.port)
-        self.owns_loop = loop is None
         super().__init__(listener, routes, limits, loop or Loop(clock, limits))
         self.settings = settings
         self.client = Client(self.loop, settings.graph_url, limits.graph, proxies)
@@ -1536,8 +1535,7 @@ class Bot(WebServer):
         """Finish what is under way, and close all connections."""
         super().close()
         self.client.close()
-        if self.owns_loop:
-            self.loop.close()
+        self.loop.close()
 
 
 make_server = Bot
@@ -1638,8 +1636,7 @@ class Chat:
                 self.hear(input("you> " if self.terminal else ""))
         except (EOFError, KeyboardInterrupt):
             print(end="\n" if self.terminal else "")
-            self.messenger.close()
-            for part in self.bot, self.graph, self.loop:
+            for part in self.messenger, self.bot, self.graph.socket:
                 part.close()
         return 0
 
