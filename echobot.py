@@ -874,14 +874,14 @@ class Client:
         self.common = "Host: %s\r\nUser-Agent: echobot/%s\r\nAccept-Encoding: identity\r\n" % (self.host, __version__)
         if self.proxy and not self.context:
             self.base = "http://%s%s" % (self.host, self.base)
-            self.common += lines_of(self.proxy_fields)
+            self.common += "".join(["%s: %s\r\n" % field for field in self.proxy_fields.items()])
         self.idle: Deque[Link] = collections.deque()  # the one that was used last is last
         self.prune()
 
-    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Steps[Response]:
-        """Return the server's answer; raise one of NO_ANSWER where there is none."""
+    def call(self, method: str, path: str, body: bytes = b"", fields: str = "") -> Steps[Response]:
+        """Return the server's answer; raise one of NO_ANSWER where there is none.  `fields` are whole lines."""
         head = "%s %s%s HTTP/1.1\r\n%s%sContent-Length: %d\r\n\r\n" % (
-            method, self.base, path, self.common, lines_of(fields or {}), len(body))
+            method, self.base, path, self.common, fields, len(body))
         request = head.encode("latin-1") + body
         link = self.reuse()
         if link:
@@ -940,11 +940,6 @@ class Client:
         """Close the connections that nobody uses."""
         while self.idle:
             self.idle.pop().close()
-
-
-def lines_of(fields: Fields) -> str:
-    """Return the header's lines of `fields`."""
-    return "".join(["%s: %s\r\n" % field for field in fields.items()])
 
 
 def proxy_for(scheme: str, host: str, proxies: Proxies) -> Tuple[str, Fields]:
@@ -1051,9 +1046,9 @@ class Graph:
         """Send `text` to a person; raise Passing or ForGood if Graph does not take it."""
         body = '{"recipient":{"id":%s},"messaging_type":"RESPONSE","message":{"text":%s}}' % tuple(
             map(json.dumps, (recipient, text)))
-        yield from self.call("POST", "/me/messages?", body.encode(), {"Content-Type": "application/json"})
+        yield from self.call("POST", "/me/messages?", body.encode(), "Content-Type: application/json\r\n")
 
-    def call(self, method: str, path: str, body: bytes = b"", fields: Optional[Fields] = None) -> Steps[Dict[str, Any]]:
+    def call(self, method: str, path: str, body: bytes = b"", fields: str = "") -> Steps[Dict[str, Any]]:
         """Return Graph's answer; raise Passing or ForGood if it is not what was asked for."""
         try:
             return judge((yield from self.client.call(method, path + self.credentials, body, fields)))
@@ -1674,11 +1669,11 @@ class Chat:
 
     def deliver(self, signed: bool) -> None:
         """Bring the delivery `body` as Messenger does: until it is answered with something else than a 503."""
-        fields = {"X-Hub-Signature-256": signature(self.secret, self.body)} if signed else {}
+        fields = "X-Hub-Signature-256: %s\r\n" % signature(self.secret, self.body) if signed else ""
         said, status = self.said, 503
         self.tape.clear()
         for _ in range(BRINGS):
-            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *lines_of(fields).splitlines(), self.body.decode())
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *fields.splitlines(), self.body.decode())
             status, _, answer = self.loop.run(self.messenger.call("POST", "/webhook", self.body, fields))
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, answer.decode())
             if status != 503:
@@ -1849,7 +1844,7 @@ def answers(settings: Settings, ask: Callable[..., Response]) -> Iterator[Findin
     yield holds, "other token", "another verify token is refused" if holds else (
         "any verify token is taken: this is not echobot, check the address")
     if settings.secret:
-        holds = ask("POST", "", EMPTY, {"X-Hub-Signature-256": signature(settings.secret, EMPTY)}).status == 200
+        holds = ask("POST", "", EMPTY, "X-Hub-Signature-256: %s\r\n" % signature(settings.secret, EMPTY)).status == 200
         yield holds, "signed", "a signed delivery is taken" if holds else (
             "a signed delivery is refused: the bot there has another APP_SECRET, make the two the same")
     holds = ask("POST", "", EMPTY).status == 403
