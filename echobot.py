@@ -88,6 +88,7 @@ HEAD_BYTES = 32 * 1024       # of all header fields together; Messenger and its 
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
 PIECE_BYTES = 16 * 1024      # read at a time: a whole TLS record, for what TLS would keep of it no selector sees
 FAIR_BYTES = 64 * 1024       # of a message that is read however many others are: nearly all have less
+SKIPS_LOGGED = 10            # malformed events of a delivery; there is room for half a million
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 SPARE_BYTES = 24 * 1024**2   # of memory, left to the interpreter and the first threads
@@ -504,6 +505,11 @@ class Loop:
             with contextlib.suppress(OSError):  # it rings already, or the loop is closed
                 self.rope.send(b"\0")
 
+    def turn(self) -> Steps[None]:
+        """Let the others take their turn."""
+        self.woken.append(self.task)
+        yield
+
     def at(self, seconds: float, act: Callable[[], None]) -> None:
         """Have `act` called in so many seconds."""
         self.timers[act] = self.clock() + seconds
@@ -729,7 +735,8 @@ def read_head(stream: Stream) -> Steps[str]:
             raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy with the certificate in front.")
         end = END_OF_HEAD.search(stream.ahead, max(0, looked - 2))
         looked = len(stream.ahead)
-        if looked > LINE_BYTES:
+        unended = looked - stream.ahead.rfind(b"\n") - 1
+        if looked > LINE_BYTES and (end or unended >= LINE_BYTES or looked > HEAD_BYTES):
             check_lengths(stream.ahead[:end.end() if end else looked])
         if not end and not (yield from stream.more()):
             raise Refusal(400, "It broke off.")
@@ -793,7 +800,7 @@ def read_body(stream: Stream, length: int) -> Steps[bytes]:
 def read_chunks(stream: Stream) -> Steps[bytes]:
     """Return a chunked body, and read the trailer fields, which say nothing that is needed here.
 
-    The lines between the chunks are bounded too: tiny chunks would hold up all others.
+    The lines between the chunks are bounded too.
     """
     parts: List[bytes] = []
     room, lines = BODY_BYTES, BODY_BYTES // 8
@@ -811,6 +818,8 @@ def read_chunks(stream: Stream) -> Steps[bytes]:
             parse_fields((yield from read_head(stream)), len(line))
             return b"".join(parts)
         parts.append((yield from read_body(stream, size)))
+        if len(parts) % 100 == 0:  # tiny ones take a while
+            yield from stream.loop.turn()
         if (yield from read_body(stream, 2)) != b"\r\n":
             raise Refusal(400, "A chunk is malformed.")
 
@@ -1281,8 +1290,12 @@ class Connection:
                 keep = request.keep and not self.server.closing
                 with self.within(self.limits.idle):
                     yield from self.send(answer, keep, request.method != "HEAD")
+                    if keep and self.stream.ahead:  # a client may send hundreds of requests at once
+                        yield from self.server.loop.turn()
                     keep = keep and (yield from self.arrives())
                 request = (yield from self.receive()) if keep else None
+            if self.stream.ahead:
+                yield from self.linger()
         except (OSError, Late, MemoryError):  # the client is gone, or has had its time; or it costs too much
             pass
         finally:
@@ -1319,11 +1332,15 @@ class Connection:
         yield from self.stream.send(encode(answer, keep, with_body, int(time.time())))
 
     def refuse(self, refusal: Refusal) -> Steps[None]:
-        """Answer what is no request.  To close on unread input would reset the connection, and the client could not
-        read why."""
+        """Answer what is no request."""
         log.info("refused a request from %s with %d: %s", self.client, refusal.status, refusal.why)
         with self.within(self.limits.linger):
             yield from self.send(Answer(refusal.status, refusal.text), False)
+        yield from self.linger()
+
+    def linger(self) -> Steps[None]:
+        """Take what still comes: to close on unread input would reset the connection, and the answer could be lost."""
+        with self.within(self.limits.linger):
             self.stream.sock.shutdown(socket.SHUT_WR)
             self.stream.drop()
             while (yield from self.stream.more()):
@@ -1482,8 +1499,17 @@ class Bot(WebServer):
         """Answer a delivery ok once all replies that it owes are settled; raise Refusal if it is not Messenger's."""
         if self.settings.secret:
             verify_signature(request.fields.get("x-hub-signature-256"), self.settings.secret, request.body)
+        if len(request.body) <= FAIR_BYTES:
+            replies = self.replies_owed(request.body)
+        else:
+            replies = yield from self.loop.crew.do(self.replies_owed, request.body)  # it takes a while
+        status = yield from self.outbox.settle(self.outbox.deliver(replies, len(request.body)))
+        return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
+
+    def replies_owed(self, body: bytes) -> List[Owed]:
+        """Return the replies owed to a delivery; log what is malformed in it; raise Refusal if all of it is."""
         try:
-            payload = parse_json(request.body)
+            payload = parse_json(body)
         except ValueError:
             payload = None
         if not isinstance(payload, dict):
@@ -1491,19 +1517,17 @@ class Bot(WebServer):
             raise Refusal(400, text, "delivery refused: " + text)
         if payload.get("object") != "page":
             log.info("acknowledged a delivery that is not about a page: nothing is owed to it")
-        replies = self.outbox.deliver(list(self.replies_owed(payload)), len(request.body))
-        status = yield from self.outbox.settle(replies)
-        return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
-
-    def replies_owed(self, payload: Dict[str, Any]) -> Iterator[Owed]:
-        """Yield the replies owed to a delivery; log what is malformed in it."""
+        replies, skipped = [], 0
         for page, event in messaging_events(payload):
             try:
-                owed = owed_to(page, event)
-                if owed:
-                    yield owed
+                replies.append(owed_to(page, event))
             except Malformed as error:
-                log.warning("skipped an event: %s", error)
+                skipped += 1
+                if skipped <= SKIPS_LOGGED:
+                    log.warning("skipped an event: %s", error)
+        if skipped > SKIPS_LOGGED:
+            log.warning("skipped %d further events", skipped - SKIPS_LOGGED)
+        return [owed for owed in replies if owed]
 
     def late_answer(self) -> Answer:
         """Have the delivery brought again, save in an outage so long that the webhook would be unsubscribed."""

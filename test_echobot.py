@@ -1326,6 +1326,31 @@ class WireHarm(WireTest):
         go.put("first")
         self.assertEqual([answer.text for answer in split(self.rest(client))], ["first", "last"])
 
+    def test_a_client_that_sends_hundreds_of_requests_at_once_lets_the_others_have_their_turn(self):
+        def handle(request):
+            if not served:
+                other.sendall(say("other", CLOSE))
+            served.append(request.path)
+            return echobot.Answer(200, "")
+
+        bot, served = self.start(), []
+        other, many = self.connect(bot, get("/healthz")), self.connect(bot)
+        self.one(other)
+        bot.routes["/many"] = {"GET": handle}
+        bot.routes["/"] = {"GET": lambda request: served.append("other") or echobot.Answer(200, "")}
+        many.sendall(get("/many") * 200 + get("/many", CLOSE))
+        self.rest(many)
+        self.assertLess(served.index("other"), 20)
+
+    def test_of_many_malformed_events_a_few_are_logged_and_the_rest_counted(self):
+        graph = self.start_graph()
+        bot = self.start_bot(graph)
+        payload = delivery(*[[]] * 30000, message())
+        with self.assertLogs("echobot", "WARNING") as seen:
+            self.assertEqual(self.deliver(bot, payload), (200, "ok"))
+        self.assertEqual((len(seen.output), graph.calls.qsize()), (11, 1))
+        self.assertIn("29990", seen.output[-1])
+
     def test_what_has_been_dealt_with_is_not_counted_as_held(self):
         graph = self.start_graph()
         bot = self.start_bot(graph)
