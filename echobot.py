@@ -1336,7 +1336,7 @@ class Connection:
         log.info("refused a request from %s with %d: %s", self.client, refusal.status, refusal.why)
         with self.within(self.limits.linger):
             yield from self.send(Answer(refusal.status, refusal.text), False)
-        yield from self.linger()
+            yield from self.linger()
 
     def linger(self) -> Steps[None]:
         """Take what still comes: to close on unread input would reset the connection, and the answer could be lost."""
