@@ -500,6 +500,10 @@ class Loop:
     def wake_from_thread(self, task: Task) -> None:
         """Wake a task, called by another thread than the loop's."""
         self.woken.append(task)
+        self.ring()
+
+    def ring(self) -> None:
+        """Have the loop take its next turn at once, called by another thread."""
         if self.asleep:
             self.asleep = False
             with contextlib.suppress(OSError):  # it rings already, or the loop is closed
@@ -1367,6 +1371,7 @@ class WebServer:
     def shutdown(self) -> None:
         """End `serve_forever`, from another thread; what is under way goes on in `close`."""
         self.stopping.set()
+        self.loop.ring()
         with self.serving:
             pass
 
@@ -1486,8 +1491,9 @@ class Bot(WebServer):
         listener = listening_socket(settings.host, settings.port)
         super().__init__(listener, routes, limits, loop or Loop(clock, limits))
         self.settings = settings
-        self.client = Client(self.loop, settings.graph_url, limits.graph, proxies)
-        self.graph = Graph(settings, self.client)
+        self.graph: Optional[Graph] = None  # on a dry run
+        if settings.token:
+            self.graph = Graph(settings, Client(self.loop, settings.graph_url, limits.graph, proxies))
         self.outbox = Outbox(self.loop, reply, self.send, self.report, limits)
 
     def handle_verification(self, request: Request) -> Answer:
@@ -1540,7 +1546,7 @@ class Bot(WebServer):
 
     def send(self, recipient: str, text: str) -> Steps[None]:
         """Send a text to a person, save on a dry run; raise Passing or ForGood if Graph does not take it."""
-        if self.settings.token:
+        if self.graph:
             yield from self.graph.send_message(recipient, text)
 
     def report(self, owed: Owed, seconds: float) -> None:
@@ -1558,7 +1564,8 @@ class Bot(WebServer):
     def close(self) -> None:
         """Finish what is under way, and close all connections."""
         super().close()
-        self.client.close()
+        if self.graph:
+            self.graph.client.close()
         self.loop.close()
 
 

@@ -1360,7 +1360,7 @@ class WireHarm(WireTest):
                 connection.request("POST", "/", body, sign(body))
                 self.assertEqual(connection.getresponse().read(), b"ok")
             self.until(lambda: bot.loop.held == 0)
-            self.assertTrue(bot.idle and bot.client.idle)
+            self.assertTrue(bot.idle and bot.graph.client.idle)
 
     def test_no_answer_waits_for_a_client_to_acknowledge_what_went_before(self):
         bot = self.start()
@@ -2038,7 +2038,7 @@ class KeptConnections(PromiseTest):
                         graph.answer = lambda call: all_there.wait(WAIT) < 0 or ACCEPTED
                         people = [message(mid=batch + sender, sender=sender) for sender in "56789"]
                         self.assertEqual(self.deliver(bot, delivery(*people)), (200, "ok"))
-                        self.until(lambda: len(bot.client.idle) == 5)
+                        self.until(lambda: len(bot.graph.client.idle) == 5)
                         graph.cut(last_words)
                         self.elapse(bot, 2)
                 self.stop(bot)
@@ -2068,7 +2068,7 @@ class KeptConnections(PromiseTest):
             self.elapse(bot, seconds)
             self.deliver(bot, delivery(message(mid="m_%d" % number)))
             self.assertEqual(len(graph.connections), connections)
-            self.until(lambda: bot.client.idle)
+            self.until(lambda: bot.graph.client.idle)
 
 
 class Process:
@@ -2142,17 +2142,21 @@ class Processes(PromiseTest):
 
     @unittest.skipUnless(os.name == "posix", "needs limits")
     def test_it_keeps_to_what_the_host_lets_it_have(self):
-        code = ("import resource as r; r.setrlimit(r.RLIMIT_%s, (%d, %d)); from echobot import *; "
-                "now = within_host(Limits()); print(now.connections, now.senders, now.held, now.pending_bytes)")
-        usual = echobot.Limits()
-        for name, most, files, memory in (("NOFILE", 120, 0.1, 1), ("NOFILE", 1000, 1, 1), ("NOFILE", 41, 0.01, 1),
-                                          ("DATA", 88 * MIB, 1, 0.5), ("DATA", 2 ** 40, 1, 1)):
+        usual, cases = echobot.Limits(), (("NOFILE", 120, 0.1, 1), ("NOFILE", 1000, 1, 1), ("NOFILE", 41, 0.01, 1),
+                                          ("DATA", 88 * MIB, 1, 0.5), ("DATA", 2 ** 40, 1, 1))
+        code = "import os, resource; from echobot import *\n"
+        for name, most, _, _ in cases:
+            code += ("if not os.fork():\n"
+                     " resource.setrlimit(resource.RLIMIT_{0}, ({1}, {1})); now = within_host(Limits())\n"
+                     " print(now.connections, now.senders, now.held, now.pending_bytes, flush=True); os._exit(0)\n"
+                     "os.wait()\n").format(name, most)
+        said = subprocess.check_output([*PYTHON, "-c", code], cwd=os.path.dirname(echobot.__file__))
+        for (name, most, files, memory), line in zip(cases, said.decode().splitlines()):
             with self.subTest(name, most=most):
-                said = subprocess.check_output([*PYTHON, "-c", code % (name, most, most)],
-                                               cwd=os.path.dirname(echobot.__file__))
-                self.assertEqual([int(part) for part in said.split()],
+                self.assertEqual([int(part) for part in line.split()],
                                  [usual.connections * files, usual.senders * files,
-                                  int(usual.held * memory), int(usual.pending_bytes * memory)])
+                                  usual.held * memory, usual.pending_bytes * memory])
+        self.assertEqual(said.count(b"\n"), len(cases))
 
     @unittest.skipUnless(os.name == "posix", "needs signals")
     def test_ctrl_c_ends_a_check_without_a_traceback(self):
