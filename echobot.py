@@ -94,7 +94,7 @@ SPARE_FILES = 40             # left to the interpreter, the log, name look-ups
 SPARE_BYTES = 24 * 1024**2   # of memory, left to the interpreter and the first threads
 FULL_BYTES = 128 * 1024**2   # of memory that `held` and `pending_bytes` come to, for JSON takes more once parsed
 TICK = 0.02                  # s between two looks at the clock, and at the crew's work
-RAISE = 8                    # threads that a crew gets more in a tick: all 100 in a quarter of a second
+NEW_THREADS = 8              # that a crew gets in a tick: all 100 in a quarter of a second
 UNUSED = 60.0                # s after which an idle connection to Graph is closed: each takes some 100 KB
 
 
@@ -588,7 +588,7 @@ class Crew:
         `Thread.start` would wait until the thread runs, and where memory is short it may never.
         """
         waiting, computed = self.jobs.qsize(), time.process_time() - time.thread_time()  # all other threads'
-        needed = min(self.waited, waiting, RAISE) if computed - self.computed < TICK / 2 else 0
+        needed = min(self.waited, waiting, NEW_THREADS) if computed - self.computed < TICK / 2 else 0
         with contextlib.suppress(RuntimeError, MemoryError):  # none can be had now
             for _ in range(min(needed, self.most - len(self.threads)) if self.threads else 1):
                 _thread.start_new_thread(self.work, ())
@@ -1513,7 +1513,7 @@ class Bot(WebServer):
         return Answer(200, "ok") if status == 200 else BUG if status == 500 else self.late_answer()
 
     def replies_owed(self, body: bytes) -> List[Owed]:
-        """Return the replies owed to a delivery; log what is malformed in it; raise Refusal if all of it is."""
+        """Return the replies owed to a delivery; log what is malformed in it; raise Refusal if it is none."""
         try:
             payload = parse_json(body)
         except ValueError:
