@@ -2061,6 +2061,34 @@ class KeptConnections(PromiseTest):
                 self.assertIn(answers.get(timeout=WAIT), (200, 503))
                 self.assertEqual(graph.texts(), ["hello"] * 3)
 
+    def test_a_call_without_an_answer_closes_the_idle_connections_which_may_lead_nowhere_either(self):
+        go = threading.Event()
+        graph = self.start_graph(lambda call: go.wait(WAIT) and ACCEPTED)
+        bot = self.start_frozen_bot(graph, {"graph": 20})
+        answers = self.deliver_in_background(bot, delivery(message(), message(mid="m_2", sender="3")))
+        self.until(lambda: graph.calls.qsize() == 2)
+        go.set()
+        self.assertEqual(answers.get(timeout=WAIT), 200)
+        self.until(lambda: len(bot.graph.client.idle) == 2)
+        go.clear()
+        self.deliver_in_background(bot, delivery(message(mid="m_3")))
+        self.until(lambda: graph.calls.qsize() == 3)
+        self.elapse(bot, 20)
+        self.until(lambda: not bot.graph.client.idle)
+        go.set()
+
+    def test_a_server_that_takes_no_connection_keeps_no_reply_from_being_asked_for(self):
+        asked = queue.Queue()
+        with closing(socket.socket()) as silent:
+            silent.bind(("127.0.0.1", 0))
+            silent.listen(8)
+            graph = types.SimpleNamespace(url="https://127.0.0.1:%d/v26.0" % silent.getsockname()[1])
+            bot = self.start_bot(graph, {"crew": 1, "drain": 0}, reply=lambda message: asked.put(message) or "hi")
+            for number in range(2):
+                self.deliver_in_background(bot, delivery(message(mid="m_%d" % number, sender="3%d" % number)))
+                self.assertEqual(asked.get(timeout=WAIT)["mid"], "m_%d" % number)
+                self.until(lambda: bot.loop.connectors.threads)
+
     def test_a_connection_that_nobody_has_needed_for_a_minute_is_closed(self):
         graph = self.start_graph()
         bot = self.start_frozen_bot(graph)
