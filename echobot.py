@@ -107,7 +107,7 @@ class Limits(NamedTuple):
     linger: float = 2.0         # for a client to read why it was refused
     connections: int = 500      # at once; more wait in the backlog
     senders: int = 300          # persons' replies on their way to Graph at once: its 300 a second, at 1 s each
-    crew: int = 100             # threads for replies that take their time, and for connecting
+    crew: int = 100             # threads for replies that take their time, and as many for connecting
     pending: int = 10_000       # replies not settled yet: minutes of them, and Messenger keeps what is beyond
     pending_bytes: int = 16 * 1024**2  # of the deliveries that they came in
     held: int = 32 * 1024**2    # bytes of all messages that are being read or dealt with
@@ -739,8 +739,7 @@ def read_head(stream: Stream) -> Steps[str]:
             raise Refusal(400, "This is TLS, and only HTTP is spoken here: put a proxy with the certificate in front.")
         end = END_OF_HEAD.search(stream.ahead, max(0, looked - 2))
         looked = len(stream.ahead)
-        unended = looked - stream.ahead.rfind(b"\n") - 1
-        if looked > LINE_BYTES and (end or unended >= LINE_BYTES or looked > HEAD_BYTES):
+        if looked > LINE_BYTES and (end or looked > HEAD_BYTES or looked - stream.ahead.rfind(b"\n") > LINE_BYTES):
             check_lengths(stream.ahead[:end.end() if end else looked])
         if not end and not (yield from stream.more()):
             raise Refusal(400, "It broke off.")
@@ -826,7 +825,6 @@ def read_chunks(stream: Stream) -> Steps[bytes]:
             yield from stream.loop.turn()
         if (yield from read_body(stream, 2)) != b"\r\n":
             raise Refusal(400, "A chunk is malformed.")
-
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -1363,7 +1361,7 @@ class WebServer:
         self.stopping, self.closed, self.serving = threading.Event(), threading.Event(), threading.Lock()
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`."""
+        """Serve until `shutdown`.  `poll_interval` is for who knows socketserver; nothing here has to poll by it."""
         with self.serving:
             self.listen(True)
             self.loop.run_until(self.stopping.is_set)
@@ -2054,8 +2052,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     if options.command == "serve":
         return serve({**os.environ, **given})
-    if not sys.stdin or not sys.stdout:
-        parser.error("%s needs standard input and output" % options.command)
+    if options.command == "chat" and not (sys.stdin and sys.stdout):
+        parser.error("chat needs standard input and output")
     try:
         return check(os.environ, options.url) if options.command == "check" else chat()
     except KeyboardInterrupt:
