@@ -35,14 +35,15 @@ import argparse
 import bisect
 import collections
 import contextlib
+import functools
 import hashlib
 import hmac
 import http.client
 import http.server
-import io
 import itertools
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -57,7 +58,6 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-import urllib.response
 from typing import (IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
                     Tuple)
 
@@ -86,6 +86,7 @@ BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real o
 LARGE_BYTES = 64 * 1024      # beyond which a body takes its turn with the other large ones
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
+SAME_SIGNAL = 1.0            # s in which a further signal is taken for the first: Heroku may send SIGTERM twice
 TICK = 0.05                  # s between two looks at the clock: small beside the shortest deadline, 2 s
 
 
@@ -112,6 +113,9 @@ class Limits(NamedTuple):
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
 
 
+Clock = Callable[[], float]
+
+
 # ---- Settings ------------------------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
@@ -125,19 +129,21 @@ class Settings(NamedTuple):
     graph_url: str = "https://graph.facebook.com/v26.0"
     log_level: str = "INFO"
 
-    def __repr__(self) -> str:
-        """Return nothing of the values: three of them are secrets."""
-        return "Settings(…)"
-
 
 class SettingsError(Exception):
     """Settings that are wrong; `args` has a line for each, which never quotes a value."""
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Return the settings in `environ`; raise SettingsError with everything that is wrong with them."""
+    """Return the settings in `environ`; raise SettingsError with everything that is wrong with them.
+
+    White space and a pair of quotes around a value are dropped: they get pasted along.
+    """
     def value(name: str, default: str) -> str:
-        return unquote(environ.get(name, "")) or default
+        text = environ.get(name, "").strip()
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+            text = text[1:-1].strip()
+        return text or default
 
     default = Settings()
     port = value("PORT", str(default.port))
@@ -154,12 +160,6 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
     if errors:
         raise SettingsError(*errors)
     return settings
-
-
-def unquote(text: str) -> str:
-    """Return `text` without the white space and the pair of quotes around it that get pasted along."""
-    text = text.strip()
-    return text[1:-1].strip() if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'" else text
 
 
 def settings_errors(settings: Settings, allow_unsigned: str) -> Iterator[str]:
@@ -209,21 +209,16 @@ def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
     if "hub.verify_token" not in query:
         raise RequestError(403, WRONG_TOKEN, "hub.verify_token is missing")
-    if not hmac.compare_digest(to_bytes(query["hub.verify_token"]), to_bytes(verify_token)):
+    if not hmac.compare_digest(query["hub.verify_token"].encode(), verify_token.encode()):
         raise RequestError(403, WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
     if query.get("hub.mode", "subscribe") != "subscribe":
         raise RequestError(403, WRONG_TOKEN, "hub.mode is not subscribe")
     return query.get("hub.challenge", "")
 
 
-def to_bytes(text: str) -> bytes:
-    """Return `text` in UTF-8, lone surrogates included."""
-    return text.encode("utf-8", "surrogatepass")
-
-
 def sign(body: bytes, secret: str) -> str:
     """Return the X-Hub-Signature-256 of `body`, the raw bytes of a delivery."""
-    return "sha256=" + hmac.new(secret.encode(), body, "sha256").hexdigest()
+    return "sha256=" + hmac.digest(secret.encode(), body, "sha256").hex()
 
 
 def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None:
@@ -236,23 +231,18 @@ def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None
     raise RequestError(403, "The delivery is not signed with the app's secret.", "X-Hub-Signature-256 " + problem)
 
 
-def parse_json(raw: bytes) -> Any:
-    """Return the value of `raw`; raise ValueError if it is not JSON in UTF-8, or nested too deep for the parser."""
-    try:
-        return json.loads(raw.decode("utf-8"), parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
-    except RecursionError as error:
-        raise ValueError("nested too deep") from error
+STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
 
 
-def parse_delivery(body: bytes) -> Dict[str, Any]:
-    """Return the JSON object in the body of a delivery; raise RequestError if it is none."""
+def parse_object(raw: bytes) -> Dict[str, Any]:
+    """Return the JSON object that `raw` is in UTF-8; raise RequestError if it is none, or is nested too deep."""
     try:
-        delivery = parse_json(body)
-    except ValueError:
-        delivery = None
-    if not isinstance(delivery, dict):
+        value = STRICT_JSON.decode(raw.decode("utf-8"))
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
         raise RequestError(400, "The body is not a JSON object in UTF-8.")
-    return delivery
+    return value
 
 
 class PendingReply:
@@ -315,7 +305,7 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
         return None
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
-    key = hashlib.blake2b(to_bytes(name), digest_size=16).digest()
+    key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return PendingReply(key, sender, mid, dict(message, text=text))
 
 
@@ -433,64 +423,42 @@ TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
 MEANINGS: Dict[Any, str] = {
     1: "Graph has an unknown problem: nothing for you to do",
     2: "Graph is down, or the person has blocked the page: nothing for you to do",
-    4: "the app makes too many calls: send fewer messages",
-    10: "the person's last message is more than 24 hours old, or the app lacks permission: ask for pages_messaging in "
+    10: "the person's last message is more than 24 hours old, or the app lacks a permission: ask for pages_messaging in "
         "app review",
-    17: "the user makes too many calls: send fewer messages",
-    32: "the page makes too many calls: send fewer messages",
     100: "a parameter is wrong, such as a blank text, or the page knows no such person: check that the token is this "
          "page's, and GRAPH_URL",
     102: "the session is over: generate a new PAGE_ACCESS_TOKEN",
     190: "the token is not valid any more: generate a new PAGE_ACCESS_TOKEN",
-    230: "a permission is missing: ask for pages_messaging in app review",
-    341: "the app has reached a limit: send fewer messages",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
     551: "the person is not available: nothing for you to do",
-    613: "calls come too fast: send fewer messages",
     1200: "Graph could not send the message for now: nothing for you to do",
-    80006: "the page sends too many messages: send fewer messages",
     1545041: "the person's last message is more than 24 hours old: wait for the next one",
+    **dict.fromkeys((4, 17, 32, 341, 613, 80006), "too many calls, or too fast: send fewer messages"),
+    **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
 
 
 def explain(error: Mapping[str, Any]) -> str:
-    """Return the code of Graph's `error`, its meaning, what to do, and the trace for Meta's support; not its message,
-    which may quote the token."""
-    code = error["code"]
-    missing = "a permission is missing: check the app's permissions and the page's tasks"
-    meaning = MEANINGS.get(code) or (missing if code in range(200, 300) else "see Meta's list of error codes")
+    """Return the code of Graph's `error`, its meaning, what to do, and the trace for Meta's support.
+
+    Graph's own message is left out, for it may quote the token.
+    """
     subcode = ", subcode %s" % error["error_subcode"] if "error_subcode" in error else ""
-    return "code %s%s: %s (fbtrace_id %s)" % (code, subcode, meaning, error.get("fbtrace_id", "none"))
-
-
-def parse_response(status: int, fields: Mapping[str, str], body: bytes) -> Dict[str, Any]:
-    """Return Graph's answer; raise TemporaryError or PermanentError if it did not do what was asked."""
-    try:
-        answer = parse_json(body)
-    except ValueError:
-        answer = None
-    error = answer.get("error") if isinstance(answer, dict) else None
-    if status == 200 and isinstance(answer, dict) and not error:
-        return answer
-    seconds = fields.get("retry-after", "")
-    retry_after = float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else 0.0
-    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
-        raise TemporaryError("HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % status,
-                             retry_after)
-    if status >= 500 or status == 429 or error.get("is_transient") or error["code"] in TEMPORARY_CODES:
-        raise TemporaryError(explain(error), retry_after)
-    raise PermanentError(error)
+    meaning = MEANINGS.get(error["code"], "see Meta's list of error codes")
+    return "code %s%s: %s (fbtrace_id %s)" % (error["code"], subcode, meaning, error.get("fbtrace_id", "none"))
 
 
 class Response(http.client.HTTPResponse):
     """An answer, read as http.client does, but for two things.
 
-    Its header fields are parsed by `read_fields`.  And once read to its end, its buffer stays open until `close`: what
-    came beyond the answer would vanish with the buffer, and the connection would look unused.
+    Its header fields are parsed by `read_fields`.  And its buffer stays open until `close`: at the end of the answer
+    http.client closes it, so that what came beyond the answer would vanish, and the connection look unused.
     """
 
-    def __init__(self, sock: socket.socket, *args: Any, **kwargs: Any) -> None:
-        super().__init__(sock, *args, **kwargs)
+    body = b""
+
+    def __init__(self, sock: socket.socket, method: str) -> None:
+        super().__init__(sock, method=method)
         self.buffer = self.fp
 
     def begin(self) -> None:
@@ -510,65 +478,77 @@ class Response(http.client.HTTPResponse):
         self.fp = None
 
     def close(self) -> None:
+        """Close the buffer too."""
         super().close()
         self.buffer.close()
 
+    def is_spent(self, sock: socket.socket) -> bool:
+        """Return whether the connection is closed, or has more to read; without waiting."""
+        timeout = sock.gettimeout()
+        sock.settimeout(0)
+        try:
+            return self.buffer.read(1) is not None
+        except ssl.SSLWantReadError:
+            return False
+        except OSError:
+            return True
+        finally:
+            sock.settimeout(timeout)
+
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https URLs as urllib does, over connections that are kept open."""
+    """Opens http and https URLs as urllib does, over connections that it keeps open."""
 
-    def __init__(self, limits: Limits) -> None:
+    def __init__(self, limits: Limits, clock: Clock) -> None:
         super().__init__(context=ssl.create_default_context())
-        self.limits = limits
-        self.idle: List[Tuple[Any, float, http.client.HTTPConnection, Response]] = []  # the newest is last
+        self.limits, self.clock = limits, clock
         self.lock = threading.Lock()
+        self.idle: List[Tuple[Any, float, http.client.HTTPConnection, Response]] = []  # the one last used is last
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Return the response to `req`, read whole; raise OSError or http.client.HTTPException if there is none."""
+        """Return the Response to `req`, read whole; raise OSError or http.client.HTTPException if there is none."""
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         for_proxy = {name: headers.pop(name) for name in ["Proxy-authorization"] if tunnel and name in headers}
         key = req.type, req.host, tunnel
         connection = self.take(key)
-        if connection is not None:
-            with contextlib.suppress(ConnectionError, ssl.SSLError):  # closed a moment ago: try a new connection
+        if connection:
+            with contextlib.suppress(ConnectionError, ssl.SSLError):  # the server closed it just now: open another
                 return self.exchange(key, connection, req, headers)
         connection = http_class(req.host, timeout=req.timeout, **options)
-        connection.response_class = Response
         if tunnel:
             connection.set_tunnel(tunnel, headers=for_proxy)
         return self.exchange(key, connection, req, headers)
 
-    def exchange(self, key: Any, connection: Any, req: urllib.request.Request, headers: Dict[str, str]) -> Any:
-        """Return the response that comes over `connection`, and keep that open if it can be used again."""
-        try:
-            connection.request(req.get_method(), req.selector, req.data, headers)
-            response = connection.getresponse()
-            body = response.read(BODY_BYTES)
-        except BaseException:
-            connection.close()
-            raise
-        with self.lock:
-            keep = connection.sock and response.isclosed() and len(self.idle) < self.limits.idle_calls
-            if keep:
-                self.idle.append((key, time.monotonic(), connection, response))
-        if not keep:
-            response.close()
-            connection.close()
-        return urllib.response.addinfourl(io.BytesIO(body), response.headers, req.full_url, response.status)
+    def exchange(self, key: Any, connection: Any, req: urllib.request.Request, headers: Dict[str, str]) -> Response:
+        """Return the Response that comes over `connection`, which is kept if it can be used again, and else closed."""
+        head = "%s %s HTTP/1.1\r\n%s\r\n" % (
+            req.get_method(), req.selector, "".join(["%s: %s\r\n" % field for field in headers.items()]))
+        with contextlib.ExitStack() as stack:
+            stack.callback(connection.close)
+            connection.send(head.encode("latin-1") + (req.data or b""))  # one write, where `request` makes two
+            response = Response(connection.sock, req.get_method())
+            stack.callback(response.close)
+            response.begin()
+            response.body = response.read(BODY_BYTES)
+            with self.lock:
+                if response.isclosed() and not response.will_close and len(self.idle) < self.limits.idle_calls:
+                    self.idle.append((key, self.clock(), connection, response))
+                    stack.pop_all()
+        return response
 
     def take(self, key: Any) -> Optional[http.client.HTTPConnection]:
-        """Return an idle connection that is still open and has nothing to read, or None; close those that do not."""
+        """Return an idle connection that can be used again, or None."""
         while True:
             with self.lock:
-                at = next((at for at in reversed(range(len(self.idle))) if self.idle[at][0] == key), None)
-                if at is None:
+                if not self.idle or self.idle[-1][0] != key:
                     return None
-                _, since, connection, response = self.idle.pop(at)
-            fresh = time.monotonic() - since < self.limits.unused and nothing_to_read(connection.sock, response.buffer)
-            response.close()
-            if fresh:
+                _, since, connection, response = self.idle.pop()
+            old = self.clock() - since >= self.limits.unused
+            if not (old or response.is_spent(connection.sock)):
+                response.close()
                 return connection
+            response.close()
             connection.close()
 
     def close(self) -> None:
@@ -579,30 +559,42 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.close()
 
 
-def nothing_to_read(sock: socket.socket, buffer: IO[bytes]) -> bool:
-    """Return whether a connection is open and silent; without waiting, and past what TLS has to say to itself."""
-    timeout = sock.gettimeout()
-    sock.settimeout(0)
-    try:
-        return buffer.read(1) is None
-    except ssl.SSLWantReadError:
-        return True
-    except OSError:
-        return False
-    finally:
-        sock.settimeout(timeout)
-
-
-def make_opener(limits: Limits, proxies: Optional[Dict[str, str]] = None) -> urllib.request.OpenerDirector:
-    """Return an opener that keeps connections open, follows no redirect, and returns every status as an answer.
+def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = None,
+                clock: Clock = time.monotonic) -> urllib.request.OpenerDirector:
+    """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response.
 
     `proxies` are by scheme, as in urllib; None stands for the environment's.
     """
     opener = urllib.request.OpenerDirector()
-    opener.addheaders = [("User-Agent", "echobot/" + __version__)]
-    for handler in urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits), urllib.request.UnknownHandler():
+    opener.addheaders = [("User-Agent", "echobot/" + __version__), ("Accept-Encoding", "identity")]
+    for handler in (urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits, clock),
+                    urllib.request.UnknownHandler()):
         opener.add_handler(handler)
     return opener
+
+
+def parse_response(response: Any) -> Dict[str, Any]:
+    """Return Graph's answer; raise TemporaryError or PermanentError if it has not done what was asked."""
+    try:
+        answer = parse_object(response.body)
+    except ValueError:
+        answer = {"error": None}
+    error = answer.get("error")
+    if response.status == 200 and "error" not in answer:
+        return answer
+    seconds = response.headers.get("retry-after", "")
+    retry_after = float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else 0.0
+    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+        raise TemporaryError("HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy"
+                             % response.status, retry_after)
+    if response.status >= 500 or response.status == 429 or error.get("is_transient") or error["code"] in TEMPORARY_CODES:
+        raise TemporaryError(explain(error), retry_after)
+    raise PermanentError(error)
+
+
+def describe(error: Exception) -> str:
+    """Return in a few words why there is no answer."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class Graph:
@@ -612,7 +604,7 @@ class Graph:
         self.url, self.opener, self.timeout = settings.graph_url, opener, timeout
         query = {"access_token": settings.token}
         if settings.secret:
-            query["appsecret_proof"] = hmac.new(settings.secret.encode(), settings.token.encode(), "sha256").hexdigest()
+            query["appsecret_proof"] = hmac.digest(settings.secret.encode(), settings.token.encode(), "sha256").hex()
         self.credentials = urllib.parse.urlencode(query)
 
     def send(self, recipient: str, text: str) -> None:
@@ -625,18 +617,18 @@ class Graph:
         body = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(self.url + path + self.credentials, body, {"Content-Type": "application/json"})
         try:
-            with self.opener.open(request, timeout=self.timeout) as response:
-                return parse_response(response.getcode(), response.headers, response.read())
+            return parse_response(self.opener.open(request, timeout=self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            raise TemporaryError("no answer from Graph (%s)" % reason) from error
+            raise TemporaryError("no answer from Graph (%s)" % describe(error)) from error
 
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
-Clock = Callable[[], float]
 Wait = Callable[[threading.Event, float], bool]
+
+
+NEVER = math.inf, -math.inf
 
 
 class Outbox:
@@ -649,7 +641,7 @@ class Outbox:
         self.last: Dict[str, PendingReply] = {}             # of those pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.failing: Optional[Tuple[float, float]] = None  # when Graph first and last failed, since it last did not
+        self.failing = NEVER  # when Graph first and last failed, since it last did not
         self.stopped = threading.Event()                    # ends the pauses between retries
 
     def settle(self, owed: Sequence[PendingReply]) -> int:
@@ -695,14 +687,13 @@ class Outbox:
     def send_line(self, line: Iterable[PendingReply]) -> None:
         """Send replies one after another."""
         for owed in line:
-            if owed.previous is not None:
-                owed.previous.done.wait()
-                owed.previous = None
             self.send(owed)
 
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it, and record what has become of it."""
         try:
+            if owed.previous:
+                owed.previous.done.wait()
             text = self.reply(owed.message)
             if not isinstance(text, (str, type(None))):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
@@ -725,6 +716,7 @@ class Outbox:
                     self.settled[owed.key] = None
                     if len(self.settled) > self.limits.settled:
                         self.settled.popitem(last=False)
+            owed.previous = None  # or a person's replies would hold each other in memory for ever
             owed.done.set()
 
     def send_text(self, owed: PendingReply, text: str) -> None:
@@ -739,90 +731,84 @@ class Outbox:
                      owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
 
     def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
-        """Send one message, and retry until `until`; raise TemporaryError or PermanentError if Graph does not take it."""
+        """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
         pause = self.limits.first_pause
         while True:
             try:
                 with self.calls:
                     graph.send(owed.recipient, piece)
-                self.failing = None
+                self.failing = NEVER
                 return
             except PermanentError:
-                self.failing = None
+                self.failing = NEVER
                 raise
             except TemporaryError as failure:
-                now = self.clock()
-                self.failing = self.failing_since(now) or now, now
+                (first, last), now = self.failing, self.clock()
+                self.failing = first if now - last < self.limits.outage else now, now  # as long without a call: a break
                 seconds = min(max(pause * random.uniform(0.5, 1), failure.retry_after), until - now)
-                log.warning("retrying the reply to %s, mid %s, in %.1f s: %s",
+                log.warning("Graph failed; retrying the reply to %s, mid %s, in %.1f s: %s",
                             owed.recipient, owed.mid, seconds, failure)
                 if self.wait(self.stopped, seconds) or self.clock() >= until:
                     raise
                 pause = min(2 * pause, self.limits.longest_pause)
 
-    def failing_since(self, now: float) -> Optional[float]:
-        """Return since when Graph has failed without a break, or None; as long without any call is a break."""
-        return self.failing[0] if self.failing and now - self.failing[1] < self.limits.outage else None
-
     def outage(self) -> bool:
         """Return whether Graph has failed for so long that Messenger would soon unsubscribe the webhook."""
-        now = self.clock()
-        since = self.failing_since(now)
-        return since is not None and now - since >= self.limits.outage
+        (first, last), now = self.failing, self.clock()
+        return now - first >= self.limits.outage and now - last < self.limits.outage
 
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
-class Deadlines:
-    """When each connection's time is up, and what to do then, unless the connection's own thread comes first.
+class Deadline(NamedTuple):
+    """What to do with a connection, and when; `idle` if it waits for a request meanwhile."""
 
-    Time-outs on the sockets would cost a system call for each read, and would not stop a client that drips.  What is
-    done is done under the lock: it never waits, and the connection's thread must not interfere.
+    when: float
+    act: Callable[[], None]
+    idle: bool
+
+
+class Deadlines:
+    """The deadline of each connection: `act` is called then, unless the connection's own thread comes first.
+
+    Time-outs on the sockets would cost a system call for each read, and would not stop a client that drips.  `act` is
+    called under the lock: it must not wait, and the connection's thread must not interfere.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.checked = clock, clock()
         self.lock = threading.RLock()
-        self.entries: Dict[Any, Tuple[float, Callable[[], None]]] = {}
-        self.idle: Dict[Any, None] = {}  # those that wait for a request, the longest idle first
-        self.stopping = False  # from then on nothing is to wait for a request
+        self.entries: Dict[Any, Deadline] = {}  # by handler; the one last set is last
+        self.stopping = False  # from then on no connection is to wait for a request
 
     def start(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> None:
         """Have `act` called in so many seconds."""
         with self.lock:
-            self.entries[owner] = self.clock() + seconds, act
-            self.idle.pop(owner, None)
-            if idle:
-                self.idle[owner] = None
+            self.entries.pop(owner, None)
+            self.entries[owner] = Deadline(self.clock() + seconds, act, idle)
 
     def renew(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> bool:
-        """Start again; return False, and do nothing, if the owner's time is up."""
+        """Set a later deadline; return False, and do nothing, if the present one is over."""
         with self.lock:
             if owner not in self.entries or idle and self.stopping:
                 return False
             self.start(owner, seconds, act, idle)
             return True
 
-    def forget(self, owner: Any) -> Callable[[], None]:
-        """Return what was to be done with the owner, which will not be done."""
-        with self.lock:
-            self.idle.pop(owner, None)
-            return self.entries.pop(owner, (0.0, lambda: None))[1]
-
     def check(self) -> None:
-        """Do what is due."""
+        """Act on the deadlines that are over."""
         now = self.clock()
         if now - self.checked >= TICK:
             self.checked = now
             with self.lock:
-                for owner in [owner for owner, (when, _) in self.entries.items() if when <= now]:
-                    self.forget(owner)()
+                for owner in [owner for owner, deadline in self.entries.items() if deadline.when <= now]:
+                    self.entries.pop(owner).act()
 
     def end_idle(self, count: Optional[int] = None) -> None:
-        """Do now what is to be done with the longest idle, so many of them, or with all."""
+        """Act on the connections that have been idle longest, so many of them, or on all that are idle."""
         with self.lock:
-            for owner in list(itertools.islice(self.idle, count)):
-                self.forget(owner)()
+            for owner in [owner for owner, deadline in self.entries.items() if deadline.idle][:count]:
+                self.entries.pop(owner).act()
 
 
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
@@ -887,7 +873,11 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(408, "")
         self.until = None
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
-        return self.deadlines.renew(self, self.limits.answer, self.answer_late) and self.is_known()
+        if self.path not in METHODS:
+            raise RequestError(404, "There is nothing here.", "nothing is at %.100s" % self.path)
+        if self.command not in METHODS[self.path].split(", "):
+            raise RequestError(405, "This method does nothing here.", "no method %.100s here" % self.command)
+        return self.deadlines.renew(self, self.limits.answer, self.answer_late)
 
     def read_body(self, version: int) -> bytes:
         """Return the body of the request."""
@@ -943,14 +933,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             self.has_turn = False
             self.server.large.release()
 
-    def is_known(self) -> bool:
-        """Return True; raise RequestError if the path or the method is unknown."""
-        if self.path not in METHODS:
-            raise RequestError(404, "There is nothing here.", "nothing at %.100s" % self.path)
-        if self.command not in METHODS[self.path].split(", "):
-            raise RequestError(405, "This method does nothing here.", "%.100s does nothing here" % self.command)
-        return True
-
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
         if self.path == "/healthz":
@@ -966,7 +948,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a delivery 200 when every reply that it owes is settled."""
         if self.server.settings.secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.secret)
-        replies, errors = replies_owed(parse_delivery(self.body))
+        replies, errors = replies_owed(parse_object(self.body))
         self.end_turn()
         if errors:
             log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
@@ -1033,7 +1015,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(LARGE_BYTES):  # type: ignore[attr-defined]
                     pass
-        self.deadlines.forget(self)
+        self.deadlines.entries.pop(self, None)
         super().finish()
 
 
@@ -1047,17 +1029,17 @@ class Bot(http.server.ThreadingHTTPServer):
                  opener: Optional[urllib.request.OpenerDirector] = None,
                  clock: Clock = time.monotonic, wait: Wait = threading.Event.wait) -> None:
         """Bind, and do not start; raise OSError if that fails."""
-        self.settings, self.limits, self.clock, self.wait = settings, limits, clock, wait
-        self.opener = opener or make_opener(limits)
+        self.address_family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
+        self.settings, self.limits, self.clock = settings, limits, clock
+        self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
         self.deadlines = Deadlines(clock)
         self.large = threading.BoundedSemaphore(limits.large)
-        self.open: Set[socket.socket] = set()
-        self.place = threading.Condition()  # has come free
-        self.address_family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        super().__init__(address[:2], WebhookHandler)
+        self.open: Set[socket.socket] = set()  # the connections
+        self.place = threading.Condition()     # for another one
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 as well; without the DNS look-up of the host's name that HTTPServer makes."""
@@ -1067,7 +1049,10 @@ class Bot(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`."""
+        """Serve until `shutdown`, on one processor: only one thread at a time can run Python, and to hand over to one
+        on another processor costs so much that two carry little more than half of what one does."""
+        if hasattr(os, "sched_setaffinity"):  # on Linux; it holds for this thread and those that it starts
+            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
         super().serve_forever(poll_interval)
 
     def service_actions(self) -> None:
@@ -1130,40 +1115,296 @@ class Bot(http.server.ThreadingHTTPServer):
         return len(self.outbox.pending)
 
 
-def make_server(settings: Settings, **options: Any) -> Bot:
-    """Return a bot that is bound and not started: call its `serve_forever`, and in the end `shutdown` and `drain`.
+make_server = Bot
 
-    `options` are those of `Bot`: `limits`, `reply`, and for tests `opener`, `clock` and `wait`.
-    """
-    return Bot(settings, **options)
+
+# ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
+
+CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
+SLOW = 0.7                        # s that a slow Graph takes, more than twice that
+REDELIVERIES = 200                # of a delivery, in about a minute; Messenger goes on for an hour
+PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
+EVENTS: Dict[str, Tuple[str, List[Dict[str, Any]]]] = {
+    "/sticker": ("a sticker", [{"message": {"attachments": [
+        {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}]),
+    "/image": ("an image", [{"message": {"attachments": [
+        {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}]),
+    "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
+    "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
+    "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
+    "/echo": ("the bot's own message, echoed", [{"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}]),
+    "/edit": ("an edit", [{"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}]),
+}
+FAULTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "/slow": ("Graph takes %g s for its next answer; the bot waits %g s here, not 4" % (SLOW, CHAT_LIMITS.answer), {}),
+    "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
+    "/613": ("Graph says next time that calls come too fast", {"code": 613}),
+    "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
+}
+HELP = {
+    **{name: meaning for name, (meaning, _) in {**EVENTS, **FAULTS}.items()},
+    "/again": "the last delivery again", "/unsigned": "the last delivery again, without its signature",
+    "/wire": "show, or stop showing, what goes over the wire", "/help": "this list",
+}
+
+
+class FakeGraph(http.server.BaseHTTPRequestHandler):
+    """Plays Graph: it refuses what the real one refuses, and prints the rest."""
+
+    protocol_version = "HTTP/1.1"
+
+    def __init__(self, chat: Chat, *connection: Any) -> None:
+        self.chat = chat
+        super().__init__(*connection)
+
+    def do_POST(self) -> None:
+        """Answer a call, with the fault that is to be played or as it deserves."""
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.chat.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body.decode())
+        fault, self.chat.fault = self.chat.fault, ""
+        if fault == "/slow":
+            time.sleep(SLOW)
+        error = fault and FAULTS[fault][1] or self.refusal(body)
+        status = 500 if fault == "/500" else 400 if error else 200
+        answer = json.dumps({"error": dict(error, message="played", type="OAuthException", fbtrace_id="played")}
+                            if error else {"recipient_id": PERSON, "message_id": "m_out"})
+        self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
+        if not error:
+            self.chat.say(json.loads(body)["message"]["text"])
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer.encode())
+
+    def refusal(self, body: bytes) -> Dict[str, Any]:
+        """Return Graph's error for a call that is wrong, or {}."""
+        given, right = (dict(urllib.parse.parse_qsl(query)) for query in (
+            self.path.partition("?")[2], self.chat.credentials))
+        if given.get("access_token") != right["access_token"]:
+            return {"code": 190}
+        try:
+            call = parse_object(body)
+            text = call["message"]["text"]
+            valid = text.strip() and pieces(text) == [text] and call["messaging_type"] and call["recipient"]["id"]
+        except (ValueError, KeyError, TypeError, AttributeError):
+            valid = False
+        return {} if valid and given == right else {"code": 100}
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Print nothing: `show` does, where it is wanted."""
+
+
+class Chat:
+    """Plays Messenger, with Graph played too, and the real bot between them."""
+
+    def __init__(self) -> None:
+        graph = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(FakeGraph, self))
+        graph.daemon_threads = True
+        settings = Settings(token=os.urandom(16).hex(), secret=os.urandom(16).hex(), host="127.0.0.1", port=0,
+                            graph_url="http://127.0.0.1:%d/v26.0" % graph.server_address[1])
+        self.opener = make_opener(proxies={})
+        bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
+        self.secret, self.credentials = settings.secret, Graph(settings, self.opener, 0).credentials
+        self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
+        self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
+        self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
+        for server in graph, bot:
+            threading.Thread(target=server.serve_forever, daemon=True).start()
+
+    def run(self) -> int:
+        """Talk until the input ends; return the exit status."""
+        if self.terminal:
+            self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
+        with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+            while True:
+                self.hear(input("you> " if self.terminal else ""))
+        if self.terminal:
+            print()
+        return 0
+
+    def hear(self, line: str) -> None:
+        """Do what a line of input says."""
+        command = line.strip()
+        if command == "/help":
+            self.note("\n".join(["  %-10s %s" % each for each in HELP.items()]))
+        elif command == "/wire":
+            self.showing = not self.showing
+            self.note("(what goes over the wire is %s from now on)" % ("shown" if self.showing else "hidden"))
+        elif command in ("/again", "/unsigned"):
+            self.deliver(signed=command == "/again")
+        elif command in FAULTS:
+            self.fault = command
+            self.note("(%s; now say something)" % HELP[command])
+        elif command.startswith("/") and command not in EVENTS:
+            self.note("(unknown command %s; /help lists them)" % command)
+        elif command:
+            events = EVENTS[command][1] if command in EVENTS else [{"message": {"text": line}}]
+            entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in events]}
+            self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
+            self.deliver(signed=True)
+
+    def event(self, part: Dict[str, Any]) -> Dict[str, Any]:
+        """Return a whole event with `part` in it, and with a mid of its own if it has one."""
+        self.sent += 1
+        (kind, value), = part.items()
+        value = {"mid": "m_%d" % self.sent, **value} if kind in ("message", "postback") else value
+        sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
+        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": int(time.time() * 1000),
+                kind: value}
+
+    def deliver(self, signed: bool) -> None:
+        """Deliver `body` as Messenger does: until the answer is something else than 503."""
+        fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
+        said = self.said
+        for _ in range(REDELIVERIES):
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, fields.items()),
+                      self.body.decode())
+            response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
+            self.show("bot > Messenger", "HTTP/1.1 %d" % response.status, response.body.decode())
+            if response.status != 503:
+                break
+            self.note("(the bot answered 503, for the reply is not settled yet; Messenger redelivers)")
+        if response.status != 200:
+            self.note("(the bot answered %d: %s)" % (response.status, response.body.decode()))
+        elif self.said == said:
+            self.note("(the bot answered 200, and there is no reply)")
+
+    def say(self, text: str) -> None:
+        """Print what the bot says."""
+        self.said += 1
+        print(("bot> " if self.terminal else "") + text, flush=True)
+
+    def note(self, text: str) -> None:
+        """Print what is about the talk, and not part of it."""
+        print(text, file=sys.stderr, flush=True)
+
+    def show(self, direction: str, *lines: str) -> None:
+        """Print a message that goes over the wire, if that is wanted."""
+        if self.showing:
+            self.note("\n    ".join(("  " + direction, *lines)))
+
+
+# ---- check: why does it not answer? --------------------------------------------------------------------------------
+
+CHECK_SECONDS = 4.0  # for each step of a call: Messenger waits for 5
+EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
+Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how to fix it
+
+
+def check(environ: Mapping[str, str], url: Optional[str] = None,
+          opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = CHECK_SECONDS) -> int:
+    """Print a line for each possible cause of silence, in order; return the exit status, 0 if all is well."""
+    opener = opener or make_opener()
+    failed = 0
+    for holds, what, text in findings(environ, url, opener, timeout):
+        print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(text)), flush=True)
+        failed += not holds
+    return 1 if failed else 0
+
+
+def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.request.OpenerDirector,
+             timeout: float) -> Iterator[Finding]:
+    """Yield what is found; of Graph and of the webhook up to the first cause that leaves nothing further to find."""
+    try:
+        settings = settings_from(environ)
+    except SettingsError as error:
+        yield from ((False, "settings", line) for line in error.args)
+        return
+    if not settings.token:
+        yield False, "settings", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token"
+    if not settings.secret:
+        yield False, "settings", "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret"
+    if settings.token and settings.secret:
+        yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
+    if settings.token:
+        yield from graph_findings(Graph(settings, opener, timeout))
+    if url and not valid_url(url):
+        yield False, "URL", "not a URL: give the callback URL, without ? and #, like https://example.com/webhook"
+    elif url:
+        def ask(query: str, body: Optional[bytes] = None, **fields: str) -> Any:
+            return opener.open(urllib.request.Request(url + query, body, fields), timeout=timeout)
+        try:
+            yield from webhook_findings(settings, url, ask)
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            yield False, "webhook", ("no answer (%s): check the address, that the bot runs, and that this host can "
+                                     "reach it" % describe(error))
+
+
+def graph_findings(graph: Graph) -> Iterator[Finding]:
+    """Yield what Graph says of the token, the secret and the subscription."""
+    what = "token"
+    try:
+        page = graph.call("/me?fields=id,name&")
+        yield True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id"))
+        what = "subscription"
+        apps = [app for app in as_list(graph.call("/me/subscribed_apps?").get("data")) if isinstance(app, dict)]
+        fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
+        if "messages" in fields:
+            yield True, what, "the page sends " + ", ".join(fields)
+        else:
+            yield False, what, ("%s: subscribe it to messages and messaging_postbacks, in Meta's dashboard" % (
+                "the app is not subscribed to messages" if apps else "no app is subscribed to the page"))
+    except PermanentError as refusal:
+        code = refusal.error["code"]
+        if "appsecret_proof" in str(refusal.error.get("message")):
+            yield False, "secret", "APP_SECRET is not that of the token's app: copy both from the same app"
+        elif what == "subscription" and code in (100, 190, 210):
+            yield False, what, "the token is a person's, not a page's: generate one for the page, in Meta's dashboard"
+        elif what == "subscription" and code in (10, *range(200, 300)):
+            yield False, what, "the token has no permission to tell: generate one with pages_manage_metadata"
+        else:
+            yield False, what, str(refusal)
+    except TemporaryError as failure:
+        yield False, what, "%s: check GRAPH_URL, https_proxy, and this host's network" % failure
+
+
+def webhook_findings(settings: Settings, url: str, ask: Callable[..., Any]) -> Iterator[Finding]:
+    """Yield what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
+    if not url.startswith("https:"):
+        yield False, "URL", "not https, and Messenger calls nothing else: put a proxy with a certificate in front"
+    query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
+    response = ask("?" + urllib.parse.urlencode(query))
+    text = response.body.decode("utf-8", "replace")
+    verified = response.status == 200 and text == query["hub.challenge"]
+    if verified:
+        yield True, "verification", "the webhook returns the challenge"
+    elif response.status == 403 and text == WRONG_TOKEN:
+        yield False, "verification", "the deployed bot has a different VERIFY_TOKEN: use the same value in both"
+    else:
+        yield False, "verification", ("status %d, not from echobot: check the address, which ends in /webhook, and that "
+                                      "the bot runs behind it" % response.status)
+        return
+    query["hub.verify_token"] += "?"
+    holds = ask("?" + urllib.parse.urlencode(query)).status == 403
+    yield holds, "other token", "a different verify token is refused" if holds else (
+        "any verify token is accepted: this is not echobot, check the address")
+    if settings.secret:
+        holds = ask("", EMPTY, **{"X-Hub-Signature-256": sign(EMPTY, settings.secret)}).status == 200
+        yield holds, "signed", "a signed delivery is accepted" if holds else (
+            "a signed delivery is refused: the deployed bot has a different APP_SECRET: use the same value in both")
+    holds = ask("", EMPTY).status == 403
+    yield holds, "unsigned", "an unsigned delivery is refused" if holds else (
+        "an unsigned delivery is accepted, so anybody can make the bot speak: set APP_SECRET on the deployed bot")
 
 
 # ---- The commands --------------------------------------------------------------------------------------------------
 
 class LogFormatter(logging.Formatter):
-    """A line for each record: what comes from outside has its control characters escaped."""
+    """A line for each record, and below it the traceback of a bug; control characters are escaped."""
 
     def __init__(self, quote: bool) -> None:
-        """Show the text of an exception only if `quote`: it may quote a message, or a secret."""
+        """Show what an exception says only if `quote`: it may quote a message, or a secret."""
         super().__init__()
         self.quote = quote
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, and below it the traceback of a bug."""
-        line = "%s %s" % (record.levelname, printable(record.getMessage()))
-        return line + "\n" + self.formatException(record.exc_info) if record.exc_info else line
-
-    def formatException(self, exc_info: Any) -> str:
-        """Return the traceback, of the exception itself the name only."""
-        text = "".join(traceback.format_tb(exc_info[2])) + str(exc_info[0].__name__)
-        return "\n".join(map(printable, super().formatException(exc_info).split("\n"))) if self.quote else text
-
-
-def start_log(level: str, quote: bool) -> None:
-    """Log to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(quote))
-    logging.basicConfig(level=level, handlers=[handler])
+        """Return the lines."""
+        text = "%s %s" % (record.levelname, record.getMessage().replace("\n", "\\n"))
+        if record.exc_info and record.exc_info[0]:
+            kind, error, frames = record.exc_info
+            text += "\n%s%s" % ("".join(traceback.format_tb(frames)), kind.__name__)
+            text += ": %s" % error if self.quote else ""
+        return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(text: str) -> str:
@@ -1173,32 +1414,102 @@ def printable(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+def start_log(level: str, quote: bool) -> None:
+    """Log to standard error."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(LogFormatter(quote))
+    logging.basicConfig(level=level, handlers=[handler])
+
+
+def fit_file_limit(limits: Limits) -> Limits:
+    """Return `limits`, scaled down where the host does not allow as many open files."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return limits
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
+    if files == resource.RLIM_INFINITY or share >= 1:
+        return limits
+    return limits._replace(**{name: max(1, int(share * getattr(limits, name)))
+                              for name in ("connections", "calls", "idle_calls")})
+
+
 def serve(environ: Mapping[str, str]) -> int:
-    """Serve until a signal, and end the program; return the exit status where it cannot even start."""
+    """Serve until a signal, and end the process; return the exit status if it cannot start."""
     try:
         settings = settings_from(environ)
     except SettingsError as error:
         print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
         return 2
     start_log(settings.log_level, quote=not settings.token)
-    bot = make_server(settings)
-    sys.setswitchinterval(0.02)
-    stop = threading.Event()
+    try:
+        bot = make_server(settings, fit_file_limit(Limits()))
+    except (OSError, UnicodeError) as error:
+        print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
+              "above 1023" % (printable(settings.host), settings.port, describe(error)), file=sys.stderr)
+        return 1
+    signals: List[float] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        signals.append(time.monotonic())
+        if signals[-1] - signals[0] > SAME_SIGNAL:
+            os._exit(128 + number)  # as a shell has it
+
     for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, lambda *_: stop.set())
+        signal.signal(number, on_signal)
     threading.Thread(target=bot.serve_forever, daemon=True).start()
-    log.info("listens on %s", bot.server_address)
-    while not stop.wait(1):
-        pass
+    announce(settings, bot)
+    while not signals:
+        time.sleep(TICK)
+    log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     bot.shutdown()
     left = bot.drain()
+    if left:
+        log.error("stopped with %d replies left, for Messenger to redeliver", left)
+    else:
+        log.info("stopped; nothing is left")
     logging.shutdown()
-    os._exit(1 if left else 0)
+    os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
+
+
+def announce(settings: Settings, bot: Bot) -> None:
+    """Log the address, the mode, and what is missing."""
+    host = "[%s]" % settings.host if ":" in settings.host else settings.host
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
+    if settings.token:
+        log.info("live: replies go to %s", settings.graph_url)
+    else:
+        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
+    if not settings.secret:
+        log.warning("anybody can post deliveries until APP_SECRET is set")
+
+
+def main(arguments: Optional[Sequence[str]] = None) -> int:
+    """Run a command; return its exit status."""
+    parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve",
+                        help="serve (the default), chat or check")
+    parser.add_argument("url", nargs="?", help="the public callback URL, for check")
+    parser.add_argument("--host", default="", help="where to listen, instead of HOST")
+    parser.add_argument("--port", default="", help="where to listen, instead of PORT")
+    parser.add_argument("--version", action="version", version="echobot " + __version__)
+    options = parser.parse_args(arguments)
+    for stream in sys.stdin, sys.stdout:
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        if options.command == "chat":
+            start_log("WARNING", quote=True)
+            return Chat().run()
+        if options.command == "check":
+            return check(os.environ, options.url)
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    given = {"HOST": options.host, "PORT": options.port}
+    return serve({**os.environ, **{name: value for name, value in given.items() if value}})
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--host")
-    parser.add_argument("--port")
-    options = parser.parse_args()
-    sys.exit(serve({**os.environ, "HOST": options.host or "", "PORT": options.port or ""}))
+    sys.exit(main())
