@@ -451,15 +451,12 @@ def explain(error: Mapping[str, Any]) -> str:
 class Response(http.client.HTTPResponse):
     """An answer, read as http.client does, but for two things.
 
-    Its header fields are parsed by `read_fields`.  And its buffer stays open until `close`: at the end of the answer
-    http.client closes it, so that what came beyond the answer would vanish, and the connection look unused.
+    Its header fields are parsed by `read_fields`.  And its buffer stays open until `close`: http.client closes it at
+    the end of the answer, what came beyond would vanish with it, and the connection would look unused.
     """
 
     body = b""
-
-    def __init__(self, sock: socket.socket, method: str) -> None:
-        super().__init__(sock, method=method)
-        self.buffer = self.fp
+    buffer: Any = None
 
     def begin(self) -> None:
         """Read the status line and the header fields."""
@@ -475,7 +472,7 @@ class Response(http.client.HTTPResponse):
         self.will_close = self._check_close() or self.length is None and not self.chunked
 
     def _close_conn(self) -> None:
-        self.fp = None
+        self.buffer, self.fp = self.fp, None
 
     def close(self) -> None:
         """Close the buffer too."""
@@ -527,7 +524,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             connection.send(head.encode("latin-1") + (req.data or b""))  # one write, where `request` makes two
-            response = Response(connection.sock, req.get_method())
+            response = Response(connection.sock, method=req.get_method())
             stack.callback(response.close)
             response.begin()
             response.body = response.read(BODY_BYTES)
@@ -553,8 +550,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def close(self) -> None:
         """Close the idle connections."""
-        while self.idle:
-            _, _, connection, response = self.idle.pop()
+        for _, _, connection, response in self.idle:
             response.close()
             connection.close()
 
@@ -760,32 +756,23 @@ class Outbox:
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
-class Deadline(NamedTuple):
-    """What to do with a connection, and when; `idle` if it waits for a request meanwhile."""
-
-    when: float
-    act: Callable[[], None]
-    idle: bool
-
-
 class Deadlines:
-    """The deadline of each connection: `act` is called then, unless the connection's own thread comes first.
+    """What to do with each connection, and when, unless the connection's own thread comes first.
 
-    Time-outs on the sockets would cost a system call for each read, and would not stop a client that drips.  `act` is
-    called under the lock: it must not wait, and the connection's thread must not interfere.
+    Time-outs on the sockets would cost a system call for each read, and would not stop a client that drips.
     """
 
     def __init__(self, clock: Clock) -> None:
         self.clock, self.checked = clock, clock()
-        self.lock = threading.RLock()
-        self.entries: Dict[Any, Deadline] = {}  # by handler; the one last set is last
+        self.lock = threading.RLock()  # held while acting too, which never waits
+        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
         self.stopping = False  # from then on no connection is to wait for a request
 
     def start(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> None:
-        """Have `act` called in so many seconds."""
+        """Have `act` called in so many seconds; `idle` says that the connection waits for a request meanwhile."""
         with self.lock:
             self.entries.pop(owner, None)
-            self.entries[owner] = Deadline(self.clock() + seconds, act, idle)
+            self.entries[owner] = self.clock() + seconds, act, idle
 
     def renew(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> bool:
         """Set a later deadline; return False, and do nothing, if the present one is over."""
@@ -801,14 +788,14 @@ class Deadlines:
         if now - self.checked >= TICK:
             self.checked = now
             with self.lock:
-                for owner in [owner for owner, deadline in self.entries.items() if deadline.when <= now]:
-                    self.entries.pop(owner).act()
+                for owner in [owner for owner, (when, _, _) in self.entries.items() if when <= now]:
+                    self.entries.pop(owner)[1]()
 
     def end_idle(self, count: Optional[int] = None) -> None:
         """Act on the connections that have been idle longest, so many of them, or on all that are idle."""
         with self.lock:
-            for owner in [owner for owner, deadline in self.entries.items() if deadline.idle][:count]:
-                self.entries.pop(owner).act()
+            for owner in [owner for owner, (_, _, idle) in self.entries.items() if idle][:count]:
+                self.entries.pop(owner)[1]()
 
 
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
@@ -827,8 +814,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.limits, self.deadlines = self.server.limits, self.server.deadlines
         self.until: Optional[float] = self.server.clock() + self.limits.request
-        self.late = False      # whether the time was over before a request was whole
-        self.has_turn = False  # among the large bodies
+        self.late = False  # whether the time was over before a request was whole
+        self.turn = contextlib.ExitStack()  # among the large bodies
         self.deadlines.start(self, self.limits.request, self.hang_up, idle=True)
 
     def handle_one_request(self) -> None:
@@ -851,7 +838,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             log.exception("a bug in %s %s", self.command, self.path)
             self.send_error(500, "Internal error. Please retry.")
         finally:
-            self.end_turn()
+            self.turn.close()
 
     def parse_request(self) -> bool:
         """Read the request, its body included; return whether there is still time to answer it."""
@@ -890,48 +877,33 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             self.handle_expect_100()
         if length == CHUNKED:
             return self.read_chunks()
-        if length > LARGE_BYTES:
-            self.take_turn()
-        return self.read(length)
+        return self.read(length, LARGE_BYTES)
 
     def read_chunks(self) -> bytes:
         """Return a chunked body; its trailer fields are read, and not needed here."""
         body = bytearray()
         while True:
             match = CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES))
-            if match is None:
-                raise RequestError(400, "A chunk is malformed or cut off.")
-            size = int(match.group(1), 16)
-            if not size:
-                read_fields(self.rfile)
-                return bytes(body)
+            size = int(match.group(1), 16) if match else 0
             if len(body) + size > BODY_BYTES:
                 raise RequestError(413, "The body is longer than %d bytes." % BODY_BYTES)
-            if len(body) + size > LARGE_BYTES:
-                self.take_turn()
-            body += self.read(size)
-            if self.read(2) != b"\r\n":
-                raise RequestError(400, "A chunk is malformed.")
+            if match and not size:
+                read_fields(self.rfile)
+                return bytes(body)
+            body += self.read(size, LARGE_BYTES - len(body))
+            if not match or self.read(2) != b"\r\n":
+                raise RequestError(400, "A chunk is malformed or cut off.")
 
-    def read(self, size: int) -> bytes:
-        """Return so many bytes of the request."""
+    def read(self, size: int, room: int = LARGE_BYTES) -> bytes:
+        """Return so many bytes of the request; if they exceed the room for a small body, when it is its turn."""
+        if size > room >= 0:
+            if not self.server.large.acquire(timeout=self.limits.request):
+                raise RequestError(503, "Too many large bodies at once. Please retry.")
+            self.turn.callback(self.server.large.release)
         data = self.rfile.read(size)
         if len(data) < size:
             raise RequestError(400, "The request is cut off.")
         return data
-
-    def take_turn(self) -> None:
-        """Wait until there are few enough large bodies."""
-        self.has_turn = self.has_turn or self.server.large.acquire(timeout=self.limits.request)
-        if not self.has_turn:
-            raise RequestError(503, "Too many large bodies at once. Please retry.")
-
-    def end_turn(self) -> None:
-        """Let the next large body come: this one has been dealt with."""
-        self.body = b""
-        if self.has_turn:
-            self.has_turn = False
-            self.server.large.release()
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
@@ -949,7 +921,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if self.server.settings.secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.secret)
         replies, errors = replies_owed(parse_object(self.body))
-        self.end_turn()
+        self.turn.close()
         if errors:
             log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
@@ -1075,12 +1047,8 @@ class Bot(http.server.ThreadingHTTPServer):
             return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Deal with a connection in a thread.  Thread.start would wait for it: for ever, where memory runs out."""
-        try:
-            _thread.start_new_thread(self.process_request_thread, (request, client_address))
-        except RuntimeError:
-            log.error("closed a connection: the system has no thread left")
-            self.shutdown_request(request)
+        """Start a connection's thread.  Thread.start would wait for it: for ever, where memory runs out."""
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and give its place to another."""
@@ -1090,9 +1058,10 @@ class Bot(http.server.ThreadingHTTPServer):
             self.place.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a bug; a client that is gone is none."""
-        if not isinstance(sys.exc_info()[1], OSError):
-            log.exception("a bug in a connection")
+        """Log why a connection is closed, such as for want of a thread; a client that is gone is no reason to."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            log.error("closed a connection: %r", error)
 
     def unsettled(self) -> Tuple[int, str]:
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
