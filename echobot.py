@@ -58,7 +58,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import (IO, Any, Callable, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set,
+from typing import (IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
                     Tuple)
 
 __version__ = "2.0"
@@ -350,6 +350,7 @@ def inside_character(text: str, at: int) -> bool:
 
 Fields = Dict[str, str]
 CHUNKED = -1
+TOO_LONG = "The body is longer than %d bytes." % BODY_BYTES
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % TOKEN)
 FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\r?\n" % TOKEN)
@@ -397,7 +398,7 @@ def body_length(fields: Fields, version: int) -> Optional[int]:
     if not re.fullmatch("[0-9]+", length):
         raise RequestError(400, "Content-Length is not a decimal number, or is given twice.")
     if float(length) > BODY_BYTES:  # not int, which refuses thousands of digits
-        raise RequestError(413, "The body is longer than %d bytes." % BODY_BYTES)
+        raise RequestError(413, TOO_LONG)
     return int(float(length))
 
 
@@ -421,8 +422,6 @@ class PermanentError(Exception):
 
 TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
 MEANINGS: Dict[Any, str] = {
-    1: "Graph has an unknown problem: nothing for you to do",
-    2: "Graph is down, or the person has blocked the page: nothing for you to do",
     10: "the person's last message is more than 24 hours old, or the app lacks a permission: ask for pages_messaging in "
         "app review",
     100: "a parameter is wrong, such as a blank text, or the page knows no such person: check that the token is this "
@@ -430,19 +429,15 @@ MEANINGS: Dict[Any, str] = {
     102: "the session is over: generate a new PAGE_ACCESS_TOKEN",
     190: "the token is not valid any more: generate a new PAGE_ACCESS_TOKEN",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
-    551: "the person is not available: nothing for you to do",
-    1200: "Graph could not send the message for now: nothing for you to do",
     1545041: "the person's last message is more than 24 hours old: wait for the next one",
+    **dict.fromkeys((1, 2, 551, 1200), "Graph is down, or the person is not available: nothing for you to do"),
     **dict.fromkeys((4, 17, 32, 341, 613, 80006), "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
 
 
 def explain(error: Mapping[str, Any]) -> str:
-    """Return the code of Graph's `error`, its meaning, what to do, and the trace for Meta's support.
-
-    Graph's own message is left out, for it may quote the token.
-    """
+    """Return the code of Graph's `error`, what it means and what to do; not its message, which may quote the token."""
     subcode = ", subcode %s" % error["error_subcode"] if "error_subcode" in error else ""
     meaning = MEANINGS.get(error["code"], "see Meta's list of error codes")
     return "code %s%s: %s (fbtrace_id %s)" % (error["code"], subcode, meaning, error.get("fbtrace_id", "none"))
@@ -588,11 +583,6 @@ def parse_response(response: Any) -> Dict[str, Any]:
     raise PermanentError(error)
 
 
-def describe(error: Exception) -> str:
-    """Return in a few words why there is no answer."""
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
-
-
 class Graph:
     """The Graph API, for one page; `credentials` are the query that every call has."""
 
@@ -615,15 +605,13 @@ class Graph:
         try:
             return parse_response(self.opener.open(request, timeout=self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TemporaryError("no answer from Graph (%s)" % describe(error)) from error
+            raise TemporaryError("no answer from Graph (%s)" % error) from error
 
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Wait = Callable[[threading.Event, float], bool]
-
-
 NEVER = math.inf, -math.inf
 
 
@@ -648,42 +636,34 @@ class Outbox:
         """
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
+        lines: Dict[str, List[PendingReply]] = {}
         with self.lock:
             for reply in owed:
                 if reply.key not in self.settled:
                     unsettled.setdefault(reply.key, self.pending.get(reply.key, reply))
-            new = [reply for reply in unsettled.values() if reply.key not in self.pending]
+            new = [reply for key, reply in unsettled.items() if key not in self.pending]
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503
             for reply in new:
                 self.pending[reply.key] = reply
                 reply.previous = self.last.get(reply.recipient)
                 self.last[reply.recipient] = reply
-        self.send_all(new)
+                lines.setdefault(reply.recipient, []).append(reply)
+        self.send_lines(*lines.values())
         for reply in unsettled.values():
             self.wait(reply.done, until - self.clock())
         return max([reply.status for reply in unsettled.values()], default=200)
 
-    def send_all(self, replies: Iterable[PendingReply]) -> None:
-        """Send one person's replies in this thread, and each further person's in a thread of its own."""
-        lines: Dict[str, List[PendingReply]] = {}
-        for reply in replies:
-            lines.setdefault(reply.recipient, []).append(reply)
-        mine: List[PendingReply] = []
-        for number, line in enumerate(lines.values()):
+    def send_lines(self, first: Sequence[PendingReply] = (), *others: Sequence[PendingReply]) -> None:
+        """Send one person's replies in this thread, and each further person's in a thread of its own, if it can be had."""
+        mine = list(first)
+        for line in others:
             try:
-                if number not in range(1, self.limits.calls):
-                    mine.extend(line)
-                else:
-                    _thread.start_new_thread(self.send_line, (line,))
-            except RuntimeError:  # the system has no thread left
+                _thread.start_new_thread(self.send_lines, (line,))
+            except RuntimeError:
                 mine.extend(line)
-        self.send_line(mine)
-
-    def send_line(self, line: Iterable[PendingReply]) -> None:
-        """Send replies one after another."""
-        for owed in line:
-            self.send(owed)
+        for reply in mine:
+            self.send(reply)
 
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it, and record what has become of it."""
@@ -763,46 +743,42 @@ class Deadlines:
     """
 
     def __init__(self, clock: Clock) -> None:
-        self.clock, self.checked = clock, clock()
-        self.lock = threading.RLock()  # held while acting too, which never waits
-        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
+        self.clock = clock
+        self.lock = threading.Lock()  # held while acting too, which never waits
+        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # by owner; the one last set is last
         self.stopping = False  # from then on no connection is to wait for a request
 
-    def start(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> None:
-        """Have `act` called in so many seconds; `idle` says that the connection waits for a request meanwhile."""
-        with self.lock:
-            self.entries.pop(owner, None)
-            self.entries[owner] = self.clock() + seconds, act, idle
+    def set(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False, first: bool = False) -> bool:
+        """Have `act` called in so many seconds, and not what was set before; return False if that has been called.
 
-    def renew(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False) -> bool:
-        """Set a later deadline; return False, and do nothing, if the present one is over."""
+        `idle` says that the connection waits for a request.
+        """
         with self.lock:
-            if owner not in self.entries or idle and self.stopping:
+            if not (self.entries.pop(owner, None) or first) or idle and self.stopping:
                 return False
-            self.start(owner, seconds, act, idle)
+            self.entries[owner] = self.clock() + seconds, act, idle
             return True
 
     def check(self) -> None:
-        """Act on the deadlines that are over."""
+        """Do what is due."""
         now = self.clock()
-        if now - self.checked >= TICK:
-            self.checked = now
-            with self.lock:
-                for owner in [owner for owner, (when, _, _) in self.entries.items() if when <= now]:
-                    self.entries.pop(owner)[1]()
+        with self.lock:
+            for owner in [owner for owner, (when, _, _) in self.entries.items() if when <= now]:
+                self.entries.pop(owner)[1]()
 
     def end_idle(self, count: Optional[int] = None) -> None:
-        """Act on the connections that have been idle longest, so many of them, or on all that are idle."""
+        """Do now what is set for the connections that have been idle longest, so many of them, or for all idle ones."""
         with self.lock:
             for owner in [owner for owner, (_, _, idle) in self.entries.items() if idle][:count]:
                 self.entries.pop(owner)[1]()
 
 
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
+FAILED = "Internal error. Please retry."
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    """Reads one client's requests and answers them, in one thread."""
+    """Reads a client's requests and answers them, in one thread."""
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
@@ -814,9 +790,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         super().setup()
         self.limits, self.deadlines = self.server.limits, self.server.deadlines
         self.until: Optional[float] = self.server.clock() + self.limits.request
-        self.late = False  # whether the time was over before a request was whole
         self.turn = contextlib.ExitStack()  # among the large bodies
-        self.deadlines.start(self, self.limits.request, self.hang_up, idle=True)
+        self.deadlines.set(self, self.limits.request, self.refuse_late, idle=True, first=True)
 
     def handle_one_request(self) -> None:
         """Wait for a request, and answer it, whatever happens."""
@@ -824,19 +799,15 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         try:
             if self.rfile.peek(1):  # type: ignore[attr-defined]
                 seconds = self.until - self.server.clock() if self.until else self.limits.request
-                if self.deadlines.renew(self, seconds, self.hang_up):
+                if self.deadlines.set(self, seconds, self.refuse_late):
                     super().handle_one_request()
-            elif self.late and self.until:
-                raise RequestError(408, "")
         except RequestError as error:
-            if self.late:
-                error = RequestError(408, "The request did not arrive whole within %g s." % self.limits.request)
             self.send_error(error.status, error.text, error.reason)
         except OSError:  # the client is gone
             self.close_connection = True
         except Exception:
             log.exception("a bug in %s %s", self.command, self.path)
-            self.send_error(500, "Internal error. Please retry.")
+            self.send_error(500, FAILED)
         finally:
             self.turn.close()
 
@@ -849,22 +820,20 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(414, "The request line is too long.")
         match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
         if match is None:
-            raise RequestError(400, "The request line is malformed.")
+            raise RequestError(400, "The request line is malformed or cut off.")
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
         self.path, _, self.query = (target if target[0] == "/" else AUTHORITY.sub("", target)).partition("?")
         self.fields = read_fields(self.rfile)
         if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # HTTP/1.0 may do without
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
-        if self.late:
-            raise RequestError(408, "")
         self.until = None
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
         if self.path not in METHODS:
-            raise RequestError(404, "There is nothing here.", "nothing is at %.100s" % self.path)
+            raise RequestError(404, "There is nothing here.")
         if self.command not in METHODS[self.path].split(", "):
-            raise RequestError(405, "This method does nothing here.", "no method %.100s here" % self.command)
-        return self.deadlines.renew(self, self.limits.answer, self.answer_late)
+            raise RequestError(405, "This method does nothing here.")
+        return self.deadlines.set(self, self.limits.answer, self.answer_late)
 
     def read_body(self, version: int) -> bytes:
         """Return the body of the request."""
@@ -875,9 +844,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             return b""
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
             self.handle_expect_100()
-        if length == CHUNKED:
-            return self.read_chunks()
-        return self.read(length, LARGE_BYTES)
+        return self.read_chunks() if length == CHUNKED else self.read(length, LARGE_BYTES)
 
     def read_chunks(self) -> bytes:
         """Return a chunked body; its trailer fields are read, and not needed here."""
@@ -886,7 +853,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             match = CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES))
             size = int(match.group(1), 16) if match else 0
             if len(body) + size > BODY_BYTES:
-                raise RequestError(413, "The body is longer than %d bytes." % BODY_BYTES)
+                raise RequestError(413, TOO_LONG)
             if match and not size:
                 read_fields(self.rfile)
                 return bytes(body)
@@ -895,7 +862,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 raise RequestError(400, "A chunk is malformed or cut off.")
 
     def read(self, size: int, room: int = LARGE_BYTES) -> bytes:
-        """Return so many bytes of the request; if they exceed the room for a small body, when it is its turn."""
+        """Return so many bytes; where they no longer fit into the room of a small body, when it is its turn."""
         if size > room >= 0:
             if not self.server.large.acquire(timeout=self.limits.request):
                 raise RequestError(503, "Too many large bodies at once. Please retry.")
@@ -907,12 +874,11 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
-        if self.path == "/healthz":
-            self.respond(200, "ok")
-        else:
-            query = self.query.encode("latin-1").decode("utf-8", "replace")
-            fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
-            self.respond(200, verify_challenge(fields, self.server.settings.verify_token))
+        text = "ok"
+        if self.path != "/healthz":
+            query = urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True)
+            text = verify_challenge(dict(query), self.server.settings.verify_token)
+        self.respond(200, text)
 
     do_HEAD = do_GET
 
@@ -925,28 +891,23 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if errors:
             log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
-        if status == 200:
-            self.respond(200, "ok")
-        elif status == 500:
-            self.respond(500, "Internal error. Please retry.")
-        else:
-            self.respond(*self.server.unsettled())
+        self.respond(*{200: (200, "ok"), 500: (500, FAILED)}.get(status) or self.server.unsettled())
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer a request that is refused, and log the reason."""
         message = message or http.client.responses[code]
-        log.log(logging.WARNING if code == 403 else logging.INFO,
-                "refused a request from %s with %d: %s", self.client_address[0], code, explain or message)
-        self.respond(code, message)
+        if self.respond(code, message):
+            log.log(logging.WARNING if code == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
+                    self.command or "a request", self.path, self.client_address[0], code, explain or message)
 
-    def respond(self, status: int, text: str) -> None:
-        """Answer the request in one write, unless its deadline has answered it."""
-        if not self.deadlines.renew(self, self.limits.linger, self.cut_off):
+    def respond(self, status: int, text: str) -> bool:
+        """Answer the request, in one write; return False if its deadline has done so."""
+        answers = self.deadlines.set(self, self.limits.linger, self.cut_off)
+        if answers:
+            self.wfile.write(self.encode(status, text))
+        if not self.deadlines.set(self, self.limits.idle, self.cut_off, idle=not self.close_connection):
             self.close_connection = True
-            return
-        self.wfile.write(self.encode(status, text))
-        if not self.deadlines.renew(self, self.limits.idle, self.hang_up, idle=not self.close_connection):
-            self.close_connection = True
+        return answers
 
     def encode(self, status: int, text: str) -> bytes:
         """Return the bytes of an answer."""
@@ -958,31 +919,29 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                     status, http.client.responses[status], self.date_time_string(), len(body), allow, close))
         return head.encode() + (b"" if self.command == "HEAD" else body)
 
-    def hang_up(self) -> None:
-        """End the reading of a request that is late, or of one that nobody waits for any more; it is answered 408."""
-        self.late = True
-        self.deadlines.start(self, self.limits.linger, self.cut_off)
-        with contextlib.suppress(OSError):
-            self.connection.shutdown(socket.SHUT_RD)
-
     def answer_late(self) -> None:
-        """Answer a delivery that is not settled in time, and close, while its thread goes on sending."""
+        """Answer a delivery that is not settled in time, and free its place, while its thread goes on sending."""
+        self.cut_off(*self.server.unsettled())
+        self.rfile.close()  # a socket's file stays open as long as this does
+        self.server.close_request(self.connection)
+
+    def refuse_late(self) -> None:
+        """Refuse a request that is not whole in time."""
+        self.cut_off(408, "The request did not arrive whole within %g s." % self.limits.request)
+
+    def cut_off(self, status: int = 0, text: str = "") -> None:
+        """End the connection, after an answer if that can be sent without waiting; its thread's reading ends."""
         self.close_connection = True
         with contextlib.suppress(OSError):
-            self.connection.setblocking(False)
-            self.connection.send(self.encode(*self.server.unsettled()))
-        self.rfile.close()  # a socket's file stays open as long as they do
-        self.server.shutdown_request(self.connection)
-
-    def cut_off(self) -> None:
-        """Close a connection whose client does not read its answer, or does not close."""
-        with contextlib.suppress(OSError):
+            if status:
+                self.connection.setblocking(False)
+                self.connection.send(self.encode(status, text))
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Close.  Before, read what still comes: to close on unread input would reset the connection, and the client
-        could lose its answer."""
-        if self.deadlines.renew(self, self.limits.linger, self.cut_off):
+        """Close the connection.  Read on for a moment: to close on unread input would reset it, and its last answer
+        could be lost."""
+        if self.deadlines.set(self, self.limits.linger, self.cut_off):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(LARGE_BYTES):  # type: ignore[attr-defined]
@@ -1021,8 +980,11 @@ class Bot(http.server.ThreadingHTTPServer):
         self.server_name, self.server_port = self.server_address[:2]
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`, on one processor: only one thread at a time can run Python, and to hand over to one
-        on another processor costs so much that two carry little more than half of what one does."""
+        """Serve until `shutdown`, on one processor.
+
+        Only one thread at a time runs Python, and handing over to one on another processor takes longer than most of
+        what they do: two processors carry little more than half of what one does.
+        """
         if hasattr(os, "sched_setaffinity"):  # on Linux; it holds for this thread and those that it starts
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
         super().serve_forever(poll_interval)
@@ -1032,16 +994,16 @@ class Bot(http.server.ThreadingHTTPServer):
         self.deadlines.check()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a connection; raise OSError if there is no place for it, or no file, so that the loop tries again."""
+        """Accept a connection; raise OSError, so that the loop tries again, if there is no place or no file for it."""
+        if len(self.open) >= self.limits.connections:
+            self.deadlines.end_idle(1)
         with self.place:
-            if len(self.open) >= self.limits.connections:
-                self.deadlines.end_idle(1)
             if not self.place.wait_for(lambda: len(self.open) < self.limits.connections, TICK):
                 raise OSError("no place")
             try:
                 connection, address = super().get_request()
             except OSError:
-                self.place.wait(TICK)  # out of files, perhaps: do not spin
+                self.place.wait(TICK)  # do not spin
                 raise
             self.open.add(connection)
             return connection, address
@@ -1058,7 +1020,7 @@ class Bot(http.server.ThreadingHTTPServer):
             self.place.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed, such as for want of a thread; a client that is gone is no reason to."""
+        """Log why a connection is closed, such as for want of a thread; unless its client is gone."""
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):
             log.error("closed a connection: %r", error)
@@ -1094,10 +1056,8 @@ SLOW = 0.7                        # s that a slow Graph takes, more than twice t
 REDELIVERIES = 200                # of a delivery, in about a minute; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 EVENTS: Dict[str, Tuple[str, List[Dict[str, Any]]]] = {
-    "/sticker": ("a sticker", [{"message": {"attachments": [
-        {"type": "sticker", "payload": {"url": "https://example.com/like.png", "sticker_id": 369239263222822}}]}}]),
-    "/image": ("an image", [{"message": {"attachments": [
-        {"type": "image", "payload": {"url": "https://example.com/cat.jpg"}}]}}]),
+    "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
+    "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c.jpg"}}]}}]),
     "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
     "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
     "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
@@ -1110,17 +1070,16 @@ FAULTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     "/613": ("Graph says next time that calls come too fast", {"code": 613}),
     "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
 }
-HELP = {
-    **{name: meaning for name, (meaning, _) in {**EVENTS, **FAULTS}.items()},
-    "/again": "the last delivery again", "/unsigned": "the last delivery again, without its signature",
-    "/wire": "show, or stop showing, what goes over the wire", "/help": "this list",
-}
+HELP = {**{name: meaning for name, (meaning, _) in {**EVENTS, **FAULTS}.items()},
+        "/again": "the last delivery again", "/unsigned": "the last delivery again, without its signature",
+        "/wire": "show, or stop showing, what goes over the wire", "/help": "this list"}
 
 
 class FakeGraph(http.server.BaseHTTPRequestHandler):
     """Plays Graph: it refuses what the real one refuses, and prints the rest."""
 
     protocol_version = "HTTP/1.1"
+    log_message = lambda *_: None  # noqa: E731
 
     def __init__(self, chat: Chat, *connection: Any) -> None:
         self.chat = chat
@@ -1135,7 +1094,7 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
             time.sleep(SLOW)
         error = fault and FAULTS[fault][1] or self.refusal(body)
         status = 500 if fault == "/500" else 400 if error else 200
-        answer = json.dumps({"error": dict(error, message="played", type="OAuthException", fbtrace_id="played")}
+        answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
@@ -1147,20 +1106,14 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
 
     def refusal(self, body: bytes) -> Dict[str, Any]:
         """Return Graph's error for a call that is wrong, or {}."""
-        given, right = (dict(urllib.parse.parse_qsl(query)) for query in (
-            self.path.partition("?")[2], self.chat.credentials))
-        if given.get("access_token") != right["access_token"]:
-            return {"code": 190}
         try:
             call = parse_object(body)
             text = call["message"]["text"]
             valid = text.strip() and pieces(text) == [text] and call["messaging_type"] and call["recipient"]["id"]
         except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
-        return {} if valid and given == right else {"code": 100}
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing: `show` does, where it is wanted."""
+        known = self.path.endswith("?" + self.chat.credentials)
+        return {"code": 190} if not known else {} if valid else {"code": 100}
 
 
 class Chat:
@@ -1168,16 +1121,17 @@ class Chat:
 
     def __init__(self) -> None:
         graph = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(FakeGraph, self))
-        graph.daemon_threads = True
         settings = Settings(token=os.urandom(16).hex(), secret=os.urandom(16).hex(), host="127.0.0.1", port=0,
                             graph_url="http://127.0.0.1:%d/v26.0" % graph.server_address[1])
         self.opener = make_opener(proxies={})
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
         self.secret, self.credentials = settings.secret, Graph(settings, self.opener, 0).credentials
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
+        start_log("WARNING", quote=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
         for server in graph, bot:
+            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, daemon=True).start()
 
     def run(self) -> int:
@@ -1207,34 +1161,34 @@ class Chat:
         elif command.startswith("/") and command not in EVENTS:
             self.note("(unknown command %s; /help lists them)" % command)
         elif command:
-            events = EVENTS[command][1] if command in EVENTS else [{"message": {"text": line}}]
-            entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in events]}
+            _, parts = EVENTS.get(command, ("", [{"message": {"text": line}}]))
+            entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in parts]}
             self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
             self.deliver(signed=True)
 
     def event(self, part: Dict[str, Any]) -> Dict[str, Any]:
-        """Return a whole event with `part` in it, and with a mid of its own if it has one."""
+        """Return a whole event with `part` in it."""
         self.sent += 1
         (kind, value), = part.items()
-        value = {"mid": "m_%d" % self.sent, **value} if kind in ("message", "postback") else value
         sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
         return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": int(time.time() * 1000),
-                kind: value}
+                kind: {"mid": "m_%d" % self.sent, **value}}
 
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
-        said = self.said
+        said, answered = self.said, 503
         for _ in range(REDELIVERIES):
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, fields.items()),
                       self.body.decode())
             response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
-            self.show("bot > Messenger", "HTTP/1.1 %d" % response.status, response.body.decode())
-            if response.status != 503:
+            answered, text = response.status, response.body.decode()
+            self.show("bot > Messenger", "HTTP/1.1 %d" % answered, text)
+            if answered != 503:
                 break
             self.note("(the bot answered 503, for the reply is not settled yet; Messenger redelivers)")
-        if response.status != 200:
-            self.note("(the bot answered %d: %s)" % (response.status, response.body.decode()))
+        if answered != 200:
+            self.note("(the bot answered %d: %s)" % (answered, text))
         elif self.said == said:
             self.note("(the bot answered 200, and there is no reply)")
 
@@ -1257,103 +1211,89 @@ class Chat:
 
 CHECK_SECONDS = 4.0  # for each step of a call: Messenger waits for 5
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
-Finding = Tuple[bool, str, str]  # whether it holds, what, and how it is or how to fix it
+Report = Callable[[Any, str, str, str], bool]
 
 
 def check(environ: Mapping[str, str], url: Optional[str] = None,
           opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = CHECK_SECONDS) -> int:
     """Print a line for each possible cause of silence, in order; return the exit status, 0 if all is well."""
-    opener = opener or make_opener()
-    failed = 0
-    for holds, what, text in findings(environ, url, opener, timeout):
-        print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(text)), flush=True)
-        failed += not holds
-    return 1 if failed else 0
+    results = []
 
+    def report(holds: Any, what: str, good: str, fix: str) -> bool:
+        print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(good if holds else fix)), flush=True)
+        results.append(bool(holds))
+        return results[-1]
 
-def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.request.OpenerDirector,
-             timeout: float) -> Iterator[Finding]:
-    """Yield what is found; of Graph and of the webhook up to the first cause that leaves nothing further to find."""
     try:
         settings = settings_from(environ)
     except SettingsError as error:
-        yield from ((False, "settings", line) for line in error.args)
-        return
-    if not settings.token:
-        yield False, "settings", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token"
-    if not settings.secret:
-        yield False, "settings", "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret"
-    if settings.token and settings.secret:
-        yield True, "settings", "PAGE_ACCESS_TOKEN and APP_SECRET are set"
+        return max([1 for line in error.args if not report(False, "settings", "", line)])
+    report(settings.token, "settings", "PAGE_ACCESS_TOKEN is set", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: "
+           "set it to the page's token")
+    report(settings.secret, "settings", "APP_SECRET is set", "APP_SECRET is not set, so anybody can post deliveries: "
+           "set it to the app's secret")
+    opener = opener or make_opener()
     if settings.token:
-        yield from graph_findings(Graph(settings, opener, timeout))
-    if url and not valid_url(url):
-        yield False, "URL", "not a URL: give the callback URL, without ? and #, like https://example.com/webhook"
-    elif url:
-        def ask(query: str, body: Optional[bytes] = None, **fields: str) -> Any:
-            return opener.open(urllib.request.Request(url + query, body, fields), timeout=timeout)
+        check_graph(Graph(settings, opener, timeout), report)
+    if url and report(valid_url(url), "URL", url, "not a URL: give the callback URL, like https://example.com/webhook"):
         try:
-            yield from webhook_findings(settings, url, ask)
+            check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            yield False, "webhook", ("no answer (%s): check the address, that the bot runs, and that this host can "
-                                     "reach it" % describe(error))
+            report(False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
+                   "reach it" % error)
+    return 0 if all(results) else 1
 
 
-def graph_findings(graph: Graph) -> Iterator[Finding]:
-    """Yield what Graph says of the token, the secret and the subscription."""
+def check_graph(graph: Graph, report: Report) -> None:
+    """Report what Graph says of the token, the secret and the subscription."""
     what = "token"
     try:
         page = graph.call("/me?fields=id,name&")
-        yield True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id"))
+        report(True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), "")
         what = "subscription"
         apps = [app for app in as_list(graph.call("/me/subscribed_apps?").get("data")) if isinstance(app, dict)]
         fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
-        if "messages" in fields:
-            yield True, what, "the page sends " + ", ".join(fields)
-        else:
-            yield False, what, ("%s: subscribe it to messages and messaging_postbacks, in Meta's dashboard" % (
-                "the app is not subscribed to messages" if apps else "no app is subscribed to the page"))
+        report("messages" in fields, what, "the page sends " + ", ".join(fields), "%s: subscribe it to messages and "
+               "messaging_postbacks, in Meta's dashboard" % (
+                   "the app is not subscribed to messages" if apps else "no app is subscribed to the page"))
     except PermanentError as refusal:
-        code = refusal.error["code"]
+        code, fix = refusal.error["code"], str(refusal)
         if "appsecret_proof" in str(refusal.error.get("message")):
-            yield False, "secret", "APP_SECRET is not that of the token's app: copy both from the same app"
+            fix = "APP_SECRET is not that of the token's app: copy both from the same app"
         elif what == "subscription" and code in (100, 190, 210):
-            yield False, what, "the token is a person's, not a page's: generate one for the page, in Meta's dashboard"
+            fix = "the token is a person's, not a page's: generate one for the page, in Meta's dashboard"
         elif what == "subscription" and code in (10, *range(200, 300)):
-            yield False, what, "the token has no permission to tell: generate one with pages_manage_metadata"
-        else:
-            yield False, what, str(refusal)
+            fix = "the token has no permission to tell: generate one with pages_manage_metadata"
+        report(False, what, "", fix)
     except TemporaryError as failure:
-        yield False, what, "%s: check GRAPH_URL, https_proxy, and this host's network" % failure
+        report(False, what, "", "%s: check GRAPH_URL, https_proxy, and this host's network" % failure)
 
 
-def webhook_findings(settings: Settings, url: str, ask: Callable[..., Any]) -> Iterator[Finding]:
-    """Yield what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
-    if not url.startswith("https:"):
-        yield False, "URL", "not https, and Messenger calls nothing else: put a proxy with a certificate in front"
+def check_webhook(settings: Settings, url: str, report: Report, call: Callable[..., Any]) -> None:
+    """Report what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
+    def ask(query: Optional[Dict[str, str]], **fields: str) -> Tuple[int, str]:
+        target = url + "?" + urllib.parse.urlencode(query) if query else url
+        response = call(urllib.request.Request(target, None if query else EMPTY, fields))
+        return response.status, response.body.decode("utf-8", "replace")
+
+    report(url.startswith("https:"), "URL", "it is https", "not https, and Messenger calls nothing else: put a proxy "
+           "with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
-    response = ask("?" + urllib.parse.urlencode(query))
-    text = response.body.decode("utf-8", "replace")
-    verified = response.status == 200 and text == query["hub.challenge"]
-    if verified:
-        yield True, "verification", "the webhook returns the challenge"
-    elif response.status == 403 and text == WRONG_TOKEN:
-        yield False, "verification", "the deployed bot has a different VERIFY_TOKEN: use the same value in both"
-    else:
-        yield False, "verification", ("status %d, not from echobot: check the address, which ends in /webhook, and that "
-                                      "the bot runs behind it" % response.status)
+    status, text = ask(query)
+    echobot = (status, text) in ((200, query["hub.challenge"]), (403, WRONG_TOKEN))
+    report(status == 200 and echobot, "verification", "the webhook returns the challenge",
+           "the deployed bot has a different VERIFY_TOKEN: use the same value in both" if echobot else
+           "status %d, and not from echobot: check the address, which ends in /webhook, and that the bot runs" % status)
+    if not echobot:
         return
-    query["hub.verify_token"] += "?"
-    holds = ask("?" + urllib.parse.urlencode(query)).status == 403
-    yield holds, "other token", "a different verify token is refused" if holds else (
-        "any verify token is accepted: this is not echobot, check the address")
+    report(ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
+           "a different verify token is refused", "any verify token is accepted: this is not echobot, check the address")
     if settings.secret:
-        holds = ask("", EMPTY, **{"X-Hub-Signature-256": sign(EMPTY, settings.secret)}).status == 200
-        yield holds, "signed", "a signed delivery is accepted" if holds else (
-            "a signed delivery is refused: the deployed bot has a different APP_SECRET: use the same value in both")
-    holds = ask("", EMPTY).status == 403
-    yield holds, "unsigned", "an unsigned delivery is refused" if holds else (
-        "an unsigned delivery is accepted, so anybody can make the bot speak: set APP_SECRET on the deployed bot")
+        signature = {"X-Hub-Signature-256": sign(EMPTY, settings.secret)}
+        report(ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
+               "refused: the deployed bot has a different APP_SECRET, use the same value in both")
+    report(ask(None)[0] == 403, "unsigned", "an unsigned delivery is refused", "an unsigned delivery is accepted, so "
+           "anybody can make the bot speak: set APP_SECRET on the deployed bot")
 
 
 # ---- The commands --------------------------------------------------------------------------------------------------
@@ -1368,19 +1308,17 @@ class LogFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines."""
-        text = "%s %s" % (record.levelname, record.getMessage().replace("\n", "\\n"))
+        lines = ["%s %s" % (record.levelname, record.getMessage())]
         if record.exc_info and record.exc_info[0]:
             kind, error, frames = record.exc_info
-            text += "\n%s%s" % ("".join(traceback.format_tb(frames)), kind.__name__)
-            text += ": %s" % error if self.quote else ""
-        return "\n".join(map(printable, text.split("\n")))
+            lines += "".join(traceback.format_tb(frames)).splitlines()
+            lines += ["%s: %s" % (kind.__name__, error) if self.quote else kind.__name__]
+        return "\n".join(map(printable, lines))
 
 
 def printable(text: str) -> str:
     """Return `text` with its control characters escaped."""
-    if text.isprintable():
-        return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
 
 
 def start_log(level: str, quote: bool) -> None:
@@ -1391,33 +1329,45 @@ def start_log(level: str, quote: bool) -> None:
 
 
 def fit_file_limit(limits: Limits) -> Limits:
-    """Return `limits`, scaled down where the host does not allow as many open files."""
+    """Return `limits`, scaled down if the host does not allow as many open files."""
     try:
         import resource
-    except ImportError:  # Windows has no such limit
+    except ImportError:  # on Windows, which has no such limit
         return limits
     files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
-    if files == resource.RLIM_INFINITY or share >= 1:
+    if files == resource.RLIM_INFINITY:
         return limits
-    return limits._replace(**{name: max(1, int(share * getattr(limits, name)))
-                              for name in ("connections", "calls", "idle_calls")})
+    share = min(1.0, (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls))
+    names = "connections", "calls", "idle_calls"
+    return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
 
 
 def serve(environ: Mapping[str, str]) -> int:
     """Serve until a signal, and end the process; return the exit status if it cannot start."""
     try:
         settings = settings_from(environ)
+        bot = make_server(settings, fit_file_limit(Limits()))
     except SettingsError as error:
         print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
         return 2
-    start_log(settings.log_level, quote=not settings.token)
-    try:
-        bot = make_server(settings, fit_file_limit(Limits()))
     except (OSError, UnicodeError) as error:
         print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
-              "above 1023" % (printable(settings.host), settings.port, describe(error)), file=sys.stderr)
+              "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
+    start_log(settings.log_level, quote=not settings.token)
+    host = "[%s]" % settings.host if ":" in settings.host else settings.host
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
+    if settings.token:
+        log.info("live: replies go to %s", settings.graph_url)
+    else:
+        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
+    if not settings.secret:
+        log.warning("anybody can post deliveries until APP_SECRET is set")
+    run_until_signal(bot)
+
+
+def run_until_signal(bot: Bot) -> NoReturn:
+    """Serve until SIGTERM or Ctrl-C, finish what is under way, and end the process."""
     signals: List[float] = []
 
     def on_signal(number: int, frame: Any) -> None:
@@ -1428,30 +1378,14 @@ def serve(environ: Mapping[str, str]) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
     threading.Thread(target=bot.serve_forever, daemon=True).start()
-    announce(settings, bot)
     while not signals:
         time.sleep(TICK)
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     bot.shutdown()
     left = bot.drain()
-    if left:
-        log.error("stopped with %d replies left, for Messenger to redeliver", left)
-    else:
-        log.info("stopped; nothing is left")
+    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
     logging.shutdown()
     os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
-
-
-def announce(settings: Settings, bot: Bot) -> None:
-    """Log the address, the mode, and what is missing."""
-    host = "[%s]" % settings.host if ":" in settings.host else settings.host
-    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
-    if settings.token:
-        log.info("live: replies go to %s", settings.graph_url)
-    else:
-        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
-    if not settings.secret:
-        log.warning("anybody can post deliveries until APP_SECRET is set")
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
@@ -1461,23 +1395,18 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve",
                         help="serve (the default), chat or check")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")
-    parser.add_argument("--host", default="", help="where to listen, instead of HOST")
-    parser.add_argument("--port", default="", help="where to listen, instead of PORT")
+    parser.add_argument("--host", default=os.environ.get("HOST", ""), help="where to listen, instead of HOST")
+    parser.add_argument("--port", default=os.environ.get("PORT", ""), help="where to listen, instead of PORT")
     parser.add_argument("--version", action="version", version="echobot " + __version__)
     options = parser.parse_args(arguments)
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
-    try:
-        if options.command == "chat":
-            start_log("WARNING", quote=True)
-            return Chat().run()
-        if options.command == "check":
-            return check(os.environ, options.url)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
-    given = {"HOST": options.host, "PORT": options.port}
-    return serve({**os.environ, **{name: value for name, value in given.items() if value}})
+    if options.command == "chat":
+        return Chat().run()
+    if options.command == "check":
+        return check(os.environ, options.url)
+    return serve({**os.environ, "HOST": options.host, "PORT": options.port})
 
 
 if __name__ == "__main__":
