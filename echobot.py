@@ -119,10 +119,11 @@ Clock = Callable[[], float]
 # ---- Settings ------------------------------------------------------------------------------------------------------
 
 class Settings(NamedTuple):
-    """What the environment says, checked."""
+    """The environment variables that the bot knows, checked: each has its variable's name, in lower case."""
 
-    token: str = ""
-    secret: str = ""
+    page_access_token: str = ""
+    app_secret: str = ""
+    allow_unsigned: str = "0"
     verify_token: str = "my_voice_is_my_password_verify_me"
     host: str = "0.0.0.0"
     port: int = 5000
@@ -134,62 +135,47 @@ class SettingsError(Exception):
     """Settings that are wrong; `args` has a line for each, which never quotes a value."""
 
 
+URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[^?#@\s]*)?", re.A)
+
+
 def settings_from(environ: Mapping[str, str]) -> Settings:
     """Return the settings in `environ`; raise SettingsError with everything that is wrong with them.
 
     White space and a pair of quotes around a value are dropped: they get pasted along.
     """
-    def value(name: str, default: str) -> str:
-        text = environ.get(name, "").strip()
+    values: Dict[str, Any] = {}
+    for name, default in Settings()._asdict().items():
+        text = environ.get(name.upper(), "").strip()
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
             text = text[1:-1].strip()
-        return text or default
-
-    default = Settings()
-    port = value("PORT", str(default.port))
-    settings = Settings(
-        token=value("PAGE_ACCESS_TOKEN", default.token),
-        secret=value("APP_SECRET", default.secret),
-        verify_token=value("VERIFY_TOKEN", default.verify_token),
-        host=value("HOST", default.host),
-        port=int(port) if re.fullmatch("[0-9]{1,5}", port) else -1,
-        graph_url=value("GRAPH_URL", default.graph_url).rstrip("/"),
-        log_level=value("LOG_LEVEL", default.log_level).upper(),
-    )
-    errors = list(settings_errors(settings, value("ALLOW_UNSIGNED", "0")))
+        values[name] = text or str(default)
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1
+    values["log_level"] = values["log_level"].upper()
+    settings = Settings(**values)
+    errors = list(settings_errors(settings))
     if errors:
         raise SettingsError(*errors)
     return settings
 
 
-def settings_errors(settings: Settings, allow_unsigned: str) -> Iterator[str]:
+def settings_errors(settings: Settings) -> Iterator[str]:
     """Yield a line for each setting that is wrong, with its fix."""
-    for name, secret in ("PAGE_ACCESS_TOKEN", settings.token), ("APP_SECRET", settings.secret):
-        if not re.fullmatch("[!-~]*", secret):
-            yield name + " contains a space or an invalid character: copy it again, without anything around it"
-    if settings.token and not settings.secret and allow_unsigned != "1":
+    for name in "page_access_token", "app_secret":
+        if not re.fullmatch("[!-~]*", getattr(settings, name)):
+            yield name.upper() + " contains a space or an invalid character: copy it again, without anything around it"
+    if settings.page_access_token and not settings.app_secret and settings.allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or ALLOW_UNSIGNED=1 to let anybody in")
-    if allow_unsigned not in ("0", "1"):
+    if settings.allow_unsigned not in ("0", "1"):
         yield "ALLOW_UNSIGNED must be 0 or 1: set it to 1 to do without APP_SECRET, or remove it"
     if not 0 <= settings.port < 65536:
         yield "PORT (or --port) must be a whole number from 0 to 65535: set it to the port to listen on, such as 5000"
     if not re.fullmatch(r"[^\s/\[\]]+", settings.host) or settings.host.count(":") == 1:
         yield "HOST (or --host) must be a host name or an address: set it to one such as 127.0.0.1 or ::1"
-    if not valid_url(settings.graph_url):
+    if not URL.fullmatch(settings.graph_url):
         yield "GRAPH_URL must be a plain http or https URL: remove it, or set it to one like " + Settings().graph_url
     if settings.log_level not in ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL"):
         yield "LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL: set it to one of these, or remove it"
-
-
-def valid_url(url: str) -> bool:
-    """Return whether `url` is http or https, names a host, and has no user, query or fragment."""
-    try:
-        parts = urllib.parse.urlsplit(url)
-        host = (parts.hostname or "").encode("idna")
-        return bool(host and parts.port != 0 and re.fullmatch("https?://[^?#@]+", url) and re.fullmatch("[!-~]+", url))
-    except ValueError:  # the port is no number, or the host no name
-        return False
 
 
 # ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
@@ -310,22 +296,20 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
 
 
 def pieces(text: str) -> List[str]:
-    """Return `text` cut into messages of at most TEXT_UNITS, whose concatenation it is."""
+    """Return `text` cut into messages of at most TEXT_UNITS, whose concatenation it is.
+
+    A cut is made after white space in the second half of a piece, else between characters, else where it must be.
+    """
     result = []
     while len(text) > TEXT_UNITS // 2:  # no character has more than two units
         units = list(itertools.accumulate(2 if c > "\uffff" else 1 for c in text[:TEXT_UNITS]))
         half, most = bisect.bisect_right(units, TEXT_UNITS // 2), bisect.bisect_right(units, TEXT_UNITS)
-        end = best_cut(text, half, most) if most < len(text) else most
+        after_space = [at for at in range(most, half, -1) if text[at - 1].isspace()]
+        cuts = (at for at in (*after_space, *range(most, 0, -1)) if not inside_character(text, at))
+        end = most if most == len(text) else next(cuts, most)
         result.append(text[:end])
         text = text[end:]
     return result + [text] if text else result
-
-
-def best_cut(text: str, half: int, most: int) -> int:
-    """Return where the first piece ends: after white space beyond `half`, else between characters, else at `most`."""
-    after_space = (at for at in range(most, half, -1) if text[at - 1].isspace())
-    anywhere = range(most, 0, -1)
-    return next((at for at in itertools.chain(after_space, anywhere) if not inside_character(text, at)), most)
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
@@ -504,13 +488,17 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         for_proxy = {name: headers.pop(name) for name in ["Proxy-authorization"] if tunnel and name in headers}
         key = req.type, req.host, tunnel
         connection = self.take(key)
-        if connection:
-            with contextlib.suppress(ConnectionError, ssl.SSLError):  # the server closed it just now: open another
-                return self.exchange(key, connection, req, headers)
-        connection = http_class(req.host, timeout=req.timeout, **options)
-        if tunnel:
-            connection.set_tunnel(tunnel, headers=for_proxy)
-        return self.exchange(key, connection, req, headers)
+        if connection is None:
+            connection = http_class(req.host, timeout=req.timeout, **options)
+            if tunnel:
+                connection.set_tunnel(tunnel, headers=for_proxy)
+        kept = connection.sock is not None
+        try:
+            return self.exchange(key, connection, req, headers)
+        except (ConnectionError, ssl.SSLError):
+            if not kept:
+                raise
+        return self.exchange(key, connection, req, headers)  # the server closed it just now: `send` opens it again
 
     def exchange(self, key: Any, connection: Any, req: urllib.request.Request, headers: Dict[str, str]) -> Response:
         """Return the Response that comes over `connection`, which is kept if it can be used again, and else closed."""
@@ -529,25 +517,16 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     stack.pop_all()
         return response
 
-    def take(self, key: Any) -> Optional[http.client.HTTPConnection]:
-        """Return an idle connection that can be used again, or None."""
-        while True:
-            with self.lock:
-                if not self.idle or self.idle[-1][0] != key:
-                    return None
-                _, since, connection, response = self.idle.pop()
-            old = self.clock() - since >= self.limits.unused
-            if not (old or response.is_spent(connection.sock)):
-                response.close()
-                return connection
-            response.close()
+    def take(self, key: Any) -> Any:
+        """Return the connection last used, closed if it cannot be used again; None if there is none of this key."""
+        with self.lock:
+            if not self.idle or self.idle[-1][0] != key:
+                return None
+            _, since, connection, response = self.idle.pop()
+        if self.clock() - since >= self.limits.unused or response.is_spent(connection.sock):
             connection.close()
-
-    def close(self) -> None:
-        """Close the idle connections."""
-        for _, _, connection, response in self.idle:
-            response.close()
-            connection.close()
+        response.close()
+        return connection
 
 
 def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = None,
@@ -587,10 +566,10 @@ class Graph:
     """The Graph API, for one page; `credentials` are the query that every call has."""
 
     def __init__(self, settings: Settings, opener: urllib.request.OpenerDirector, timeout: float) -> None:
-        self.url, self.opener, self.timeout = settings.graph_url, opener, timeout
-        query = {"access_token": settings.token}
-        if settings.secret:
-            query["appsecret_proof"] = hmac.digest(settings.secret.encode(), settings.token.encode(), "sha256").hex()
+        self.url, self.opener, self.timeout = settings.graph_url.rstrip("/"), opener, timeout
+        query = {"access_token": settings.page_access_token}
+        if settings.app_secret:
+            query["appsecret_proof"] = hmac.digest(settings.app_secret.encode(), settings.page_access_token.encode(), "sha256").hex()
         self.credentials = urllib.parse.urlencode(query)
 
     def send(self, recipient: str, text: str) -> None:
@@ -791,6 +770,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.limits, self.deadlines = self.server.limits, self.server.deadlines
         self.until: Optional[float] = self.server.clock() + self.limits.request
         self.turn = contextlib.ExitStack()  # among the large bodies
+        self.refuse_late = functools.partial(
+            self.cut_off, 408, "The request did not arrive whole within %g s." % self.limits.request)
         self.deadlines.set(self, self.limits.request, self.refuse_late, idle=True, first=True)
 
     def handle_one_request(self) -> None:
@@ -884,8 +865,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a delivery 200 when every reply that it owes is settled."""
-        if self.server.settings.secret:
-            verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.secret)
+        if self.server.settings.app_secret:
+            verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
         self.turn.close()
         if errors:
@@ -925,10 +906,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()  # a socket's file stays open as long as this does
         self.server.close_request(self.connection)
 
-    def refuse_late(self) -> None:
-        """Refuse a request that is not whole in time."""
-        self.cut_off(408, "The request did not arrive whole within %g s." % self.limits.request)
-
     def cut_off(self, status: int = 0, text: str = "") -> None:
         """End the connection, after an answer if that can be sent without waiting; its thread's reading ends."""
         self.close_connection = True
@@ -965,7 +942,7 @@ class Bot(http.server.ThreadingHTTPServer):
         super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.clock = settings, limits, clock
         self.opener = opener or make_opener(limits, clock=clock)
-        graph = Graph(settings, self.opener, limits.graph) if settings.token else None  # None on a dry run
+        graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
         self.deadlines = Deadlines(clock)
         self.large = threading.BoundedSemaphore(limits.large)
@@ -1055,7 +1032,7 @@ CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 REDELIVERIES = 200                # of a delivery, in about a minute; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-EVENTS: Dict[str, Tuple[str, List[Dict[str, Any]]]] = {
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error that Graph returns
     "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
     "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c.jpg"}}]}}]),
     "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
@@ -1063,27 +1040,22 @@ EVENTS: Dict[str, Tuple[str, List[Dict[str, Any]]]] = {
     "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
     "/echo": ("the bot's own message, echoed", [{"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}]),
     "/edit": ("an edit", [{"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}]),
-}
-FAULTS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+    "/again": ("the last delivery again", None),
+    "/unsigned": ("the last delivery again, without its signature", None),
     "/slow": ("Graph takes %g s for its next answer; the bot waits %g s here, not 4" % (SLOW, CHAT_LIMITS.answer), {}),
     "/500": ("Graph fails next time, with HTTP status 500", {"code": 2}),
     "/613": ("Graph says next time that calls come too fast", {"code": 613}),
     "/190": ("Graph says next time that the token has expired", {"code": 190, "error_subcode": 463}),
+    "/wire": ("show, or stop showing, what goes over the wire", None),
+    "/help": ("this list", None),
 }
-HELP = {**{name: meaning for name, (meaning, _) in {**EVENTS, **FAULTS}.items()},
-        "/again": "the last delivery again", "/unsigned": "the last delivery again, without its signature",
-        "/wire": "show, or stop showing, what goes over the wire", "/help": "this list"}
 
 
 class FakeGraph(http.server.BaseHTTPRequestHandler):
     """Plays Graph: it refuses what the real one refuses, and prints the rest."""
 
     protocol_version = "HTTP/1.1"
-    log_message = lambda *_: None  # noqa: E731
-
-    def __init__(self, chat: Chat, *connection: Any) -> None:
-        self.chat = chat
-        super().__init__(*connection)
+    chat: Chat  # set by Chat
 
     def do_POST(self) -> None:
         """Answer a call, with the fault that is to be played or as it deserves."""
@@ -1092,14 +1064,14 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         fault, self.chat.fault = self.chat.fault, ""
         if fault == "/slow":
             time.sleep(SLOW)
-        error = fault and FAULTS[fault][1] or self.refusal(body)
+        error = fault and COMMANDS[fault][1] or self.refusal(body)
         status = 500 if fault == "/500" else 400 if error else 200
         answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
             self.chat.say(json.loads(body)["message"]["text"])
-        self.send_response(status)
+        self.send_response_only(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
         self.wfile.write(answer.encode())
@@ -1120,14 +1092,13 @@ class Chat:
     """Plays Messenger, with Graph played too, and the real bot between them."""
 
     def __init__(self) -> None:
-        graph = socketserver.ThreadingTCPServer(("127.0.0.1", 0), functools.partial(FakeGraph, self))
-        settings = Settings(token=os.urandom(16).hex(), secret=os.urandom(16).hex(), host="127.0.0.1", port=0,
+        graph = socketserver.ThreadingTCPServer(("127.0.0.1", 0), type("Graph", (FakeGraph,), {"chat": self}))
+        settings = Settings(os.urandom(16).hex(), os.urandom(16).hex(), host="127.0.0.1", port=0,
                             graph_url="http://127.0.0.1:%d/v26.0" % graph.server_address[1])
         self.opener = make_opener(proxies={})
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
-        self.secret, self.credentials = settings.secret, Graph(settings, self.opener, 0).credentials
+        self.secret, self.credentials = settings.app_secret, Graph(settings, self.opener, 0).credentials
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
-        start_log("WARNING", quote=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
         for server in graph, bot:
@@ -1138,7 +1109,7 @@ class Chat:
         """Talk until the input ends; return the exit status."""
         if self.terminal:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
-        with contextlib.suppress(EOFError, KeyboardInterrupt, BrokenPipeError):
+        with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 self.hear(input("you> " if self.terminal else ""))
         if self.terminal:
@@ -1148,47 +1119,44 @@ class Chat:
     def hear(self, line: str) -> None:
         """Do what a line of input says."""
         command = line.strip()
+        meaning, content = COMMANDS.get(command, ("", [{"message": {"text": line}}]))
         if command == "/help":
-            self.note("\n".join(["  %-10s %s" % each for each in HELP.items()]))
+            self.note("\n".join(["  %-10s %s" % (name, meaning) for name, (meaning, _) in COMMANDS.items()]))
         elif command == "/wire":
             self.showing = not self.showing
             self.note("(what goes over the wire is %s from now on)" % ("shown" if self.showing else "hidden"))
         elif command in ("/again", "/unsigned"):
             self.deliver(signed=command == "/again")
-        elif command in FAULTS:
+        elif isinstance(content, dict):
             self.fault = command
-            self.note("(%s; now say something)" % HELP[command])
-        elif command.startswith("/") and command not in EVENTS:
+            self.note("(%s; now say something)" % meaning)
+        elif command.startswith("/") and not meaning:
             self.note("(unknown command %s; /help lists them)" % command)
         elif command:
-            _, parts = EVENTS.get(command, ("", [{"message": {"text": line}}]))
-            entry = {"id": PAGE, "time": int(time.time() * 1000), "messaging": [self.event(part) for part in parts]}
+            entry: Dict[str, Any] = {"id": PAGE, "time": int(time.time() * 1000), "messaging": []}
+            for (kind, value), in map(dict.items, content):
+                self.sent += 1
+                sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
+                entry["messaging"] += [{"sender": {"id": sender}, "recipient": {"id": recipient},
+                                        "timestamp": entry["time"], kind: {"mid": "m_%d" % self.sent, **value}}]
             self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
             self.deliver(signed=True)
-
-    def event(self, part: Dict[str, Any]) -> Dict[str, Any]:
-        """Return a whole event with `part` in it."""
-        self.sent += 1
-        (kind, value), = part.items()
-        sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
-        return {"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": int(time.time() * 1000),
-                kind: {"mid": "m_%d" % self.sent, **value}}
 
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
-        said, answered = self.said, 503
+        said, status = self.said, 503
         for _ in range(REDELIVERIES):
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, fields.items()),
                       self.body.decode())
             response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
-            answered, text = response.status, response.body.decode()
-            self.show("bot > Messenger", "HTTP/1.1 %d" % answered, text)
-            if answered != 503:
+            status, text = response.status, response.body.decode()
+            self.show("bot > Messenger", "HTTP/1.1 %d" % status, text)
+            if status != 503:
                 break
             self.note("(the bot answered 503, for the reply is not settled yet; Messenger redelivers)")
-        if answered != 200:
-            self.note("(the bot answered %d: %s)" % (answered, text))
+        if status != 200:
+            self.note("(the bot answered %d: %s)" % (status, text))
         elif self.said == said:
             self.note("(the bot answered 200, and there is no reply)")
 
@@ -1227,15 +1195,17 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
     try:
         settings = settings_from(environ)
     except SettingsError as error:
-        return max([1 for line in error.args if not report(False, "settings", "", line)])
-    report(settings.token, "settings", "PAGE_ACCESS_TOKEN is set", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: "
+        for line in error.args:
+            report(False, "settings", "", line)
+        return 1
+    report(settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: "
            "set it to the page's token")
-    report(settings.secret, "settings", "APP_SECRET is set", "APP_SECRET is not set, so anybody can post deliveries: "
+    report(settings.app_secret, "settings", "APP_SECRET is set", "APP_SECRET is not set, so anybody can post deliveries: "
            "set it to the app's secret")
     opener = opener or make_opener()
-    if settings.token:
+    if settings.page_access_token:
         check_graph(Graph(settings, opener, timeout), report)
-    if url and report(valid_url(url), "URL", url, "not a URL: give the callback URL, like https://example.com/webhook"):
+    if url and report(URL.fullmatch(url), "URL", url, "not a URL: give the callback URL, like https://example.com/webhook"):
         try:
             check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -1288,8 +1258,8 @@ def check_webhook(settings: Settings, url: str, report: Report, call: Callable[.
         return
     report(ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
            "a different verify token is refused", "any verify token is accepted: this is not echobot, check the address")
-    if settings.secret:
-        signature = {"X-Hub-Signature-256": sign(EMPTY, settings.secret)}
+    if settings.app_secret:
+        signature = {"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)}
         report(ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
                "refused: the deployed bot has a different APP_SECRET, use the same value in both")
     report(ask(None)[0] == 403, "unsigned", "an unsigned delivery is refused", "an unsigned delivery is accepted, so "
@@ -1354,14 +1324,14 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
               "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
-    start_log(settings.log_level, quote=not settings.token)
+    start_log(settings.log_level, quote=not settings.page_access_token)
     host = "[%s]" % settings.host if ":" in settings.host else settings.host
     log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
-    if settings.token:
+    if settings.page_access_token:
         log.info("live: replies go to %s", settings.graph_url)
     else:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
-    if not settings.secret:
+    if not settings.app_secret:
         log.warning("anybody can post deliveries until APP_SECRET is set")
     run_until_signal(bot)
 
