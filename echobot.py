@@ -25,8 +25,8 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-So a 200 means done.  A reply is sent at least once, and twice only if Graph accepted it without saying so, or if the
-delivery was redelivered to another process.
+So a reply is sent at least once, and twice only if Graph accepted it without saying so, or if the delivery was
+redelivered to another process.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -43,7 +43,6 @@ import http.server
 import itertools
 import json
 import logging
-import math
 import os
 import random
 import re
@@ -344,10 +343,7 @@ CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
 def read_fields(file: IO[bytes]) -> Fields:
-    """Return the header fields up to the empty line, by their names in lower case; raise RequestError if malformed.
-
-    Values of the same name are joined by a comma, so a length or a host that is given twice is malformed.
-    """
+    """Return the header fields up to the empty line, by their names in lower case; raise RequestError if malformed."""
     fields: Fields = {}
     room = HEAD_BYTES
     while True:
@@ -361,14 +357,11 @@ def read_fields(file: IO[bytes]) -> Fields:
         if match is None:
             raise RequestError(400, "A header field is malformed or cut off.")
         name, value = match.group(1).lower(), match.group(2)
-        fields[name] = fields[name] + ", " + value if name in fields else value
+        fields[name] = fields[name] + ", " + value if name in fields else value  # two lengths are none
 
 
 def body_length(fields: Fields, version: int) -> Optional[int]:
-    """Return how many bytes of body follow, CHUNKED, or None where the fields do not say; raise RequestError in doubt.
-
-    `version` is 0 for HTTP/1.0, which has no chunks.
-    """
+    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED, or None; raise RequestError in doubt."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
@@ -389,19 +382,15 @@ def body_length(fields: Fields, version: int) -> Optional[int]:
 # ---- Graph ---------------------------------------------------------------------------------------------------------
 
 class TemporaryError(Exception):
-    """A call that failed and may succeed when retried, in `retry_after` seconds if the server said so."""
+    """A call that failed and may succeed when retried."""
 
-    def __init__(self, reason: str, retry_after: float = 0.0) -> None:
-        super().__init__(reason)
-        self.retry_after = retry_after
+    retry_after = 0.0  # s, if the server said so
 
 
 class PermanentError(Exception):
-    """Graph's refusal of a call: `error` is Graph's own, and the exception's text what it means."""
+    """Graph's refusal of a call."""
 
-    def __init__(self, error: Dict[str, Any]) -> None:
-        super().__init__(explain(error))
-        self.error = error
+    error: Dict[str, Any] = {}  # in Graph's words
 
 
 TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
@@ -531,10 +520,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
 def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = None,
                 clock: Clock = time.monotonic) -> urllib.request.OpenerDirector:
-    """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response.
-
-    `proxies` are by scheme, as in urllib; None stands for the environment's.
-    """
+    """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response."""
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "echobot/" + __version__), ("Accept-Encoding", "identity")]
     for handler in (urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits, clock),
@@ -549,17 +535,21 @@ def parse_response(response: Any) -> Dict[str, Any]:
         answer = parse_object(response.body)
     except ValueError:
         answer = {"error": None}
-    error = answer.get("error")
     if response.status == 200 and "error" not in answer:
         return answer
-    seconds = response.headers.get("retry-after", "")
-    retry_after = float(seconds) if re.fullmatch("[0-9]{1,6}", seconds) else 0.0
-    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
-        raise TemporaryError("HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy"
-                             % response.status, retry_after)
-    if response.status >= 500 or response.status == 429 or error.get("is_transient") or error["code"] in TEMPORARY_CODES:
-        raise TemporaryError(explain(error), retry_after)
-    raise PermanentError(error)
+    error = answer.get("error")
+    known = isinstance(error, dict) and isinstance(error.get("code"), int)
+    reason = explain(error) if known else (
+        "HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % response.status)
+    passing = response.status >= 500 or response.status == 429
+    if known and not (passing or error.get("is_transient") or error["code"] in TEMPORARY_CODES):
+        refusal = PermanentError(reason)
+        refusal.error = error
+        raise refusal
+    failure = TemporaryError(reason)
+    if re.fullmatch("[0-9]{1,6}", response.headers.get("retry-after", "")):
+        failure.retry_after = float(response.headers["retry-after"])
+    raise failure
 
 
 class Graph:
@@ -571,11 +561,6 @@ class Graph:
         if settings.app_secret:
             query["appsecret_proof"] = hmac.digest(settings.app_secret.encode(), settings.page_access_token.encode(), "sha256").hex()
         self.credentials = urllib.parse.urlencode(query)
-
-    def send(self, recipient: str, text: str) -> None:
-        """Send `text` to a person; raise TemporaryError or PermanentError if Graph does not accept it."""
-        self.call("/me/messages?", {"recipient": {"id": recipient}, "messaging_type": "RESPONSE",
-                                    "message": {"text": text}})
 
     def call(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Return Graph's answer; raise TemporaryError or PermanentError if it did not do what was asked."""
@@ -591,7 +576,7 @@ class Graph:
 
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Wait = Callable[[threading.Event, float], bool]
-NEVER = math.inf, -math.inf
+NEVER = float("inf"), float("-inf")
 
 
 class Outbox:
@@ -649,10 +634,15 @@ class Outbox:
         try:
             if owed.previous:
                 owed.previous.done.wait()
-            text = self.reply(owed.message)
-            if not isinstance(text, (str, type(None))):
+            text = self.reply(owed.message) or ""
+            if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
-            self.send_text(owed, text or "")
+            began = self.clock()
+            for piece in pieces(text):
+                self.send_piece(owed, piece, began + self.limits.retry)
+            if text and self.graph:
+                log.info("replied to %s, mid %s: %d characters, %d ms",
+                         owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
             owed.status = 200
         except TemporaryError as failure:
             log.error("gave up the reply to %s, mid %s: %s", owed.recipient, owed.mid, failure)
@@ -674,24 +664,16 @@ class Outbox:
             owed.previous = None  # or a person's replies would hold each other in memory for ever
             owed.done.set()
 
-    def send_text(self, owed: PendingReply, text: str) -> None:
-        """Send `text` in as many messages as it needs; log that, without the text, save on a dry run."""
-        began = self.clock()
-        if self.graph is None:
-            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, text)
-        elif text:
-            for piece in pieces(text):
-                self.send_piece(self.graph, owed, piece, began + self.limits.retry)
-            log.info("replied to %s: mid %s, %d characters, %d ms",
-                     owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
-
-    def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
+    def send_piece(self, owed: PendingReply, piece: str, until: float) -> None:
         """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
+        content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
-        while True:
+        if self.graph is None:
+            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, piece)
+        while self.graph:
             try:
                 with self.calls:
-                    graph.send(owed.recipient, piece)
+                    self.graph.call("/me/messages?", content)
                 self.failing = NEVER
                 return
             except PermanentError:
@@ -707,11 +689,6 @@ class Outbox:
                     raise
                 pause = min(2 * pause, self.limits.longest_pause)
 
-    def outage(self) -> bool:
-        """Return whether Graph has failed for so long that Messenger would soon unsubscribe the webhook."""
-        (first, last), now = self.failing, self.clock()
-        return now - first >= self.limits.outage and now - last < self.limits.outage
-
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
@@ -724,14 +701,12 @@ class Deadlines:
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.lock = threading.Lock()  # held while acting too, which never waits
-        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # by owner; the one last set is last
+        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # when, what, and whether the connection
+        #                                                  waits for a request; by owner, the one last set is last
         self.stopping = False  # from then on no connection is to wait for a request
 
     def set(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False, first: bool = False) -> bool:
-        """Have `act` called in so many seconds, and not what was set before; return False if that has been called.
-
-        `idle` says that the connection waits for a request.
-        """
+        """Have `act` called in so many seconds, and not what was set before; return False if that has been called."""
         with self.lock:
             if not (self.entries.pop(owner, None) or first) or idle and self.stopping:
                 return False
@@ -916,8 +891,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             self.connection.shutdown(socket.SHUT_RDWR)
 
     def finish(self) -> None:
-        """Close the connection.  Read on for a moment: to close on unread input would reset it, and its last answer
-        could be lost."""
+        """Close the connection, after reading on: to close on unread input would reset it and lose the last answer."""
         if self.deadlines.set(self, self.limits.linger, self.cut_off):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
@@ -1004,7 +978,8 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def unsettled(self) -> Tuple[int, str]:
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
-        if self.outbox.outage():
+        (first, last), now = self.outbox.failing, self.clock()
+        if now - first >= self.limits.outage > now - last:
             log.error("answered a delivery 200 although its replies have not been sent: Graph is failing for long")
             return 200, "ok"
         return 503, "The replies are not settled yet. Please retry."
@@ -1070,7 +1045,8 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
-            self.chat.say(json.loads(body)["message"]["text"])
+            print(("bot> " if self.chat.terminal else "") + json.loads(body)["message"]["text"], flush=True)
+            self.chat.said += 1
         self.send_response_only(status)
         self.send_header("Content-Length", str(len(answer)))
         self.end_headers()
@@ -1159,11 +1135,6 @@ class Chat:
             self.note("(the bot answered %d: %s)" % (status, text))
         elif self.said == said:
             self.note("(the bot answered 200, and there is no reply)")
-
-    def say(self, text: str) -> None:
-        """Print what the bot says."""
-        self.said += 1
-        print(("bot> " if self.terminal else "") + text, flush=True)
 
     def note(self, text: str) -> None:
         """Print what is about the talk, and not part of it."""
@@ -1373,6 +1344,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
     if options.command == "chat":
+        start_log("WARNING", quote=True)
         return Chat().run()
     if options.command == "check":
         return check(os.environ, options.url)
