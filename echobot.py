@@ -62,6 +62,9 @@ from typing import (IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
+Reply = Callable[[Mapping[str, Any]], Optional[str]]
+Clock = Callable[[], float]
+Wait = Callable[[threading.Event, float], bool]
 
 
 # ---- What the bot says: make this yours ----------------------------------------------------------------------------
@@ -110,9 +113,6 @@ class Limits(NamedTuple):
     outage: float = 600.0      # of failure without a break, after which deliveries are answered 200 although their
     #                            replies have not been sent: after 3600, Messenger would unsubscribe the webhook
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
-
-
-Clock = Callable[[], float]
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
@@ -183,11 +183,7 @@ WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
 
 
 class RequestError(ValueError):
-    """A request to be refused: its answer is `status` and the line of `text`; `reason` is for the log."""
-
-    def __init__(self, status: int, text: str, reason: str = "") -> None:
-        super().__init__(text)
-        self.status, self.text, self.reason = status, text, reason or text
+    """A request to be refused: `args` are the status and the line of text to answer, and for the log the reason."""
 
 
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
@@ -395,25 +391,16 @@ class PermanentError(Exception):
 
 TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
 MEANINGS: Dict[Any, str] = {
-    10: "the person's last message is more than 24 hours old, or the app lacks a permission: ask for pages_messaging in "
-        "app review",
-    100: "a parameter is wrong, such as a blank text, or the page knows no such person: check that the token is this "
-         "page's, and GRAPH_URL",
+    10: "the person's last message is over 24 hours old, or a permission is missing: ask for pages_messaging in review",
+    100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
     102: "the session is over: generate a new PAGE_ACCESS_TOKEN",
     190: "the token is not valid any more: generate a new PAGE_ACCESS_TOKEN",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
-    1545041: "the person's last message is more than 24 hours old: wait for the next one",
+    1545041: "the person's last message is over 24 hours old: wait for the next one",
     **dict.fromkeys((1, 2, 551, 1200), "Graph is down, or the person is not available: nothing for you to do"),
     **dict.fromkeys((4, 17, 32, 341, 613, 80006), "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
-
-
-def explain(error: Mapping[str, Any]) -> str:
-    """Return the code of Graph's `error`, what it means and what to do; not its message, which may quote the token."""
-    subcode = ", subcode %s" % error["error_subcode"] if "error_subcode" in error else ""
-    meaning = MEANINGS.get(error["code"], "see Meta's list of error codes")
-    return "code %s%s: %s (fbtrace_id %s)" % (error["code"], subcode, meaning, error.get("fbtrace_id", "none"))
 
 
 class Response(http.client.HTTPResponse):
@@ -430,17 +417,17 @@ class Response(http.client.HTTPResponse):
         """Read the status line and the header fields."""
         status = 100
         while status < 200:  # such as 100 Continue: the answer proper is still to come
-            version, status, self.reason = self._read_status()
-            self.headers = self.msg = read_fields(self.fp)
+            version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
+            self.headers = self.msg = read_fields(self.fp)  # type: ignore[assignment]
         self.version = 10 if version == "HTTP/1.0" else 11
         self.status = self.code = status
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = self.headers.get("content-length", "")
         self.length = 0 if status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
-        self.will_close = self._check_close() or self.length is None and not self.chunked
+        self.will_close = self.length is None and not self.chunked or self._check_close()  # type: ignore[attr-defined]
 
     def _close_conn(self) -> None:
-        self.buffer, self.fp = self.fp, None
+        self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
 
     def close(self) -> None:
         """Close the buffer too."""
@@ -481,21 +468,12 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection = http_class(req.host, timeout=req.timeout, **options)
             if tunnel:
                 connection.set_tunnel(tunnel, headers=for_proxy)
-        kept = connection.sock is not None
-        try:
-            return self.exchange(key, connection, req, headers)
-        except (ConnectionError, ssl.SSLError):
-            if not kept:
-                raise
-        return self.exchange(key, connection, req, headers)  # the server closed it just now: `send` opens it again
-
-    def exchange(self, key: Any, connection: Any, req: urllib.request.Request, headers: Dict[str, str]) -> Response:
-        """Return the Response that comes over `connection`, which is kept if it can be used again, and else closed."""
-        head = "%s %s HTTP/1.1\r\n%s\r\n" % (
-            req.get_method(), req.selector, "".join(["%s: %s\r\n" % field for field in headers.items()]))
+        fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
+        head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector, fields)
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
-            connection.send(head.encode("latin-1") + (req.data or b""))  # one write, where `request` makes two
+            data: Any = req.data or b""
+            connection.send(head.encode("latin-1") + data)  # one write, where `request` makes two
             response = Response(connection.sock, method=req.get_method())
             stack.callback(response.close)
             response.begin()
@@ -507,7 +485,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         return response
 
     def take(self, key: Any) -> Any:
-        """Return the connection last used, closed if it cannot be used again; None if there is none of this key."""
+        """Return the connection last used, or None if it has another key; `send` opens it anew if it is spent."""
         with self.lock:
             if not self.idle or self.idle[-1][0] != key:
                 return None
@@ -523,8 +501,8 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
     """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response."""
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "echobot/" + __version__), ("Accept-Encoding", "identity")]
-    for handler in (urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits, clock),
-                    urllib.request.UnknownHandler()):
+    keep_alive, unknown = KeepAliveHandler(limits, clock), urllib.request.UnknownHandler()
+    for handler in urllib.request.ProxyHandler(proxies), keep_alive, unknown:
         opener.add_handler(handler)
     return opener
 
@@ -537,10 +515,13 @@ def parse_response(response: Any) -> Dict[str, Any]:
         answer = {"error": None}
     if response.status == 200 and "error" not in answer:
         return answer
-    error = answer.get("error")
+    error: Any = answer.get("error")
     known = isinstance(error, dict) and isinstance(error.get("code"), int)
-    reason = explain(error) if known else (
-        "HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % response.status)
+    reason = "HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % response.status
+    if known:  # Graph's own message may quote the token
+        reason = "code %s, subcode %s: %s (fbtrace_id %s)" % (
+            error["code"], error.get("error_subcode"), MEANINGS.get(error["code"], "see Meta's list of error codes"),
+            error.get("fbtrace_id"))
     passing = response.status >= 500 or response.status == 429
     if known and not (passing or error.get("is_transient") or error["code"] in TEMPORARY_CODES):
         refusal = PermanentError(reason)
@@ -559,7 +540,7 @@ class Graph:
         self.url, self.opener, self.timeout = settings.graph_url.rstrip("/"), opener, timeout
         query = {"access_token": settings.page_access_token}
         if settings.app_secret:
-            query["appsecret_proof"] = hmac.digest(settings.app_secret.encode(), settings.page_access_token.encode(), "sha256").hex()
+            query["appsecret_proof"] = sign(settings.page_access_token.encode(), settings.app_secret)[len("sha256="):]
         self.credentials = urllib.parse.urlencode(query)
 
     def call(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
@@ -574,8 +555,6 @@ class Graph:
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
-Reply = Callable[[Mapping[str, Any]], Optional[str]]
-Wait = Callable[[threading.Event, float], bool]
 NEVER = float("inf"), float("-inf")
 
 
@@ -618,22 +597,23 @@ class Outbox:
             self.wait(reply.done, until - self.clock())
         return max([reply.status for reply in unsettled.values()], default=200)
 
-    def send_lines(self, first: Sequence[PendingReply] = (), *others: Sequence[PendingReply]) -> None:
-        """Send one person's replies in this thread, and each further person's in a thread of its own, if it can be had."""
-        mine = list(first)
-        for line in others:
+    def send_lines(self, *lines: Sequence[PendingReply]) -> None:
+        """Send one person's replies in this thread, and each further person's in a thread of its own if it can."""
+        most = self.limits.calls
+        mine = [reply for line in (*lines[:1], *lines[most:]) for reply in line]
+        for line in lines[1:most]:
             try:
                 _thread.start_new_thread(self.send_lines, (line,))
             except RuntimeError:
                 mine.extend(line)
         for reply in mine:
+            if reply.previous:
+                reply.previous.done.wait()
             self.send(reply)
 
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it, and record what has become of it."""
         try:
-            if owed.previous:
-                owed.previous.done.wait()
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
@@ -737,7 +717,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
-    command = path = ""
+    rfile: Any
+    raw_requestline: bytes
+    command = path = query = ""
 
     def setup(self) -> None:
         """Prepare for the first request, whose time begins with the connection."""
@@ -753,12 +735,12 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Wait for a request, and answer it, whatever happens."""
         self.close_connection = True  # until a request has been read whole, it is in doubt where it ends
         try:
-            if self.rfile.peek(1):  # type: ignore[attr-defined]
+            if self.rfile.peek(1):
                 seconds = self.until - self.server.clock() if self.until else self.limits.request
                 if self.deadlines.set(self, seconds, self.refuse_late):
                     super().handle_one_request()
         except RequestError as error:
-            self.send_error(error.status, error.text, error.reason)
+            self.send_error(*error.args)
         except OSError:  # the client is gone
             self.close_connection = True
         except Exception:
@@ -792,34 +774,32 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         return self.deadlines.set(self, self.limits.answer, self.answer_late)
 
     def read_body(self, version: int) -> bytes:
-        """Return the body of the request."""
+        """Return the body of the request; trailer fields behind a chunked one are read, and not needed here."""
         length = body_length(self.fields, version)
-        if length is None:
-            if self.command == "POST":
-                raise RequestError(411, "A delivery needs a Content-Length, or chunks.")
-            return b""
+        if length is None and self.command == "POST":
+            raise RequestError(411, "A delivery needs a Content-Length, or chunks.")
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
             self.handle_expect_100()
-        return self.read_chunks() if length == CHUNKED else self.read(length, LARGE_BYTES)
-
-    def read_chunks(self) -> bytes:
-        """Return a chunked body; its trailer fields are read, and not needed here."""
+        if length != CHUNKED:
+            return self.read(length or 0)
         body = bytearray()
         while True:
             match = CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES))
-            size = int(match.group(1), 16) if match else 0
-            if len(body) + size > BODY_BYTES:
-                raise RequestError(413, TOO_LONG)
-            if match and not size:
+            if match is None:
+                raise RequestError(400, "A chunk is malformed or cut off.")
+            size = int(match.group(1), 16)
+            if size == 0:
                 read_fields(self.rfile)
                 return bytes(body)
-            body += self.read(size, LARGE_BYTES - len(body))
-            if not match or self.read(2) != b"\r\n":
-                raise RequestError(400, "A chunk is malformed or cut off.")
+            if len(body) + size > BODY_BYTES:
+                raise RequestError(413, TOO_LONG)
+            body += self.read(size, len(body))
+            if self.read(2) != b"\r\n":
+                raise RequestError(400, "A chunk is malformed.")
 
-    def read(self, size: int, room: int = LARGE_BYTES) -> bytes:
-        """Return so many bytes; where they no longer fit into the room of a small body, when it is its turn."""
-        if size > room >= 0:
+    def read(self, size: int, before: int = 0) -> bytes:
+        """Return so many bytes of a body; if they make it a large one, after those `before`, when it is its turn."""
+        if before <= LARGE_BYTES < before + size:
             if not self.server.large.acquire(timeout=self.limits.request):
                 raise RequestError(503, "Too many large bodies at once. Please retry.")
             self.turn.callback(self.server.large.release)
@@ -895,7 +875,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if self.deadlines.set(self, self.limits.linger, self.cut_off):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
-                while self.rfile.read1(LARGE_BYTES):  # type: ignore[attr-defined]
+                while self.rfile.read1(LARGE_BYTES):
                     pass
         self.deadlines.entries.pop(self, None)
         super().finish()
@@ -913,7 +893,7 @@ class Bot(http.server.ThreadingHTTPServer):
         """Bind, and do not start; raise OSError if that fails."""
         self.address_family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
+        super().__init__(address[:2], WebhookHandler)
         self.settings, self.limits, self.clock = settings, limits, clock
         self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
@@ -928,14 +908,11 @@ class Bot(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`, on one processor.
-
-        Only one thread at a time runs Python, and handing over to one on another processor takes longer than most of
-        what they do: two processors carry little more than half of what one does.
-        """
+        """Serve until `shutdown`, on one processor: threads that take turns hand over more cheaply on one than on two,
+        which carry little more than half of what one does."""
         if hasattr(os, "sched_setaffinity"):  # on Linux; it holds for this thread and those that it starts
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
         super().serve_forever(poll_interval)
@@ -951,13 +928,13 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.place:
             if not self.place.wait_for(lambda: len(self.open) < self.limits.connections, TICK):
                 raise OSError("no place")
-            try:
-                connection, address = super().get_request()
-            except OSError:
-                self.place.wait(TICK)  # do not spin
-                raise
-            self.open.add(connection)
-            return connection, address
+        try:
+            connection, address = super().get_request()
+        except OSError:
+            time.sleep(TICK)  # do not spin
+            raise
+        self.open.add(connection)
+        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread.  Thread.start would wait for it: for ever, where memory runs out."""
@@ -971,10 +948,8 @@ class Bot(http.server.ThreadingHTTPServer):
             self.place.notify()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed, such as for want of a thread; unless its client is gone."""
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            log.error("closed a connection: %r", error)
+        """Log why a connection is closed, such as for want of a thread."""
+        log.error("closed a connection: %r", sys.exc_info()[1])
 
     def unsettled(self) -> Tuple[int, str]:
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
@@ -1007,9 +982,9 @@ CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 REDELIVERIES = 200                # of a delivery, in about a minute; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error that Graph returns
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph
     "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
-    "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c.jpg"}}]}}]),
+    "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]}}]),
     "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
     "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
     "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
@@ -1169,14 +1144,14 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
         for line in error.args:
             report(False, "settings", "", line)
         return 1
-    report(settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set", "PAGE_ACCESS_TOKEN is not set, so nothing is sent: "
-           "set it to the page's token")
-    report(settings.app_secret, "settings", "APP_SECRET is set", "APP_SECRET is not set, so anybody can post deliveries: "
-           "set it to the app's secret")
+    report(settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set",
+           "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token")
+    report(settings.app_secret, "settings", "APP_SECRET is set",
+           "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret")
     opener = opener or make_opener()
     if settings.page_access_token:
         check_graph(Graph(settings, opener, timeout), report)
-    if url and report(URL.fullmatch(url), "URL", url, "not a URL: give the callback URL, like https://example.com/webhook"):
+    if url and report(URL.fullmatch(url), "URL", url, "not a URL: give one like https://example.com/webhook"):
         try:
             check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
@@ -1217,8 +1192,8 @@ def check_webhook(settings: Settings, url: str, report: Report, call: Callable[.
         response = call(urllib.request.Request(target, None if query else EMPTY, fields))
         return response.status, response.body.decode("utf-8", "replace")
 
-    report(url.startswith("https:"), "URL", "it is https", "not https, and Messenger calls nothing else: put a proxy "
-           "with a certificate in front")
+    report(url.startswith("https:"), "https", "the URL is https",
+           "the URL is not https, and Messenger calls nothing else: put a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
     echobot = (status, text) in ((200, query["hub.challenge"]), (403, WRONG_TOKEN))
@@ -1228,7 +1203,7 @@ def check_webhook(settings: Settings, url: str, report: Report, call: Callable[.
     if not echobot:
         return
     report(ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
-           "a different verify token is refused", "any verify token is accepted: this is not echobot, check the address")
+           "a different verify token is refused", "any verify token is accepted: echobot is not at this address")
     if settings.app_secret:
         signature = {"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)}
         report(ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
@@ -1304,7 +1279,7 @@ def serve(environ: Mapping[str, str]) -> int:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
     if not settings.app_secret:
         log.warning("anybody can post deliveries until APP_SECRET is set")
-    run_until_signal(bot)
+    return run_until_signal(bot)
 
 
 def run_until_signal(bot: Bot) -> NoReturn:
