@@ -672,42 +672,8 @@ class Outbox:
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
-class Deadlines:
-    """What to do with each connection, and when, unless the connection's own thread comes first.
-
-    Time-outs on the sockets would cost a system call for each read, and would not stop a client that drips.
-    """
-
-    def __init__(self, clock: Clock) -> None:
-        self.clock = clock
-        self.lock = threading.Lock()  # held while acting too, which never waits
-        self.entries: Dict[Any, Tuple[float, Callable[[], None], bool]] = {}  # when, what, and whether the connection
-        #                                                  waits for a request; by owner, the one last set is last
-        self.stopping = False  # from then on no connection is to wait for a request
-
-    def set(self, owner: Any, seconds: float, act: Callable[[], None], idle: bool = False, first: bool = False) -> bool:
-        """Have `act` called in so many seconds, and not what was set before; return False if that has been called."""
-        with self.lock:
-            if not (self.entries.pop(owner, None) or first) or idle and self.stopping:
-                return False
-            self.entries[owner] = self.clock() + seconds, act, idle
-            return True
-
-    def check(self) -> None:
-        """Do what is due."""
-        now = self.clock()
-        with self.lock:
-            for owner in [owner for owner, (when, _, _) in self.entries.items() if when <= now]:
-                self.entries.pop(owner)[1]()
-
-    def end_idle(self, count: Optional[int] = None) -> None:
-        """Do now what is set for the connections that have been idle longest, so many of them, or for all idle ones."""
-        with self.lock:
-            for owner in [owner for owner, (_, _, idle) in self.entries.items() if idle][:count]:
-                self.entries.pop(owner)[1]()
-
-
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
+Deadline = Tuple[float, Callable[[], None], bool]  # when, what to do, and whether the connection waits for a request
 FAILED = "Internal error. Please retry."
 
 
@@ -724,12 +690,10 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def setup(self) -> None:
         """Prepare for the first request, whose time begins with the connection."""
         super().setup()
-        self.limits, self.deadlines = self.server.limits, self.server.deadlines
+        self.limits = self.server.limits
         self.until: Optional[float] = self.server.clock() + self.limits.request
         self.turn = contextlib.ExitStack()  # among the large bodies
-        self.refuse_late = functools.partial(
-            self.cut_off, 408, "The request did not arrive whole within %g s." % self.limits.request)
-        self.deadlines.set(self, self.limits.request, self.refuse_late, idle=True, first=True)
+        self.server.set_deadline(self, self.limits.request, self.refuse_late, idle=True, first=True)
 
     def handle_one_request(self) -> None:
         """Wait for a request, and answer it, whatever happens."""
@@ -737,7 +701,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         try:
             if self.rfile.peek(1):
                 seconds = self.until - self.server.clock() if self.until else self.limits.request
-                if self.deadlines.set(self, seconds, self.refuse_late):
+                if self.server.set_deadline(self, seconds, self.refuse_late):
                     super().handle_one_request()
         except RequestError as error:
             self.send_error(*error.args)
@@ -771,7 +735,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(404, "There is nothing here.")
         if self.command not in METHODS[self.path].split(", "):
             raise RequestError(405, "This method does nothing here.")
-        return self.deadlines.set(self, self.limits.answer, self.answer_late)
+        return self.server.set_deadline(self, self.limits.answer, self.answer_late)
 
     def read_body(self, version: int) -> bytes:
         """Return the body of the request; trailer fields behind a chunked one are read, and not needed here."""
@@ -803,7 +767,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             if not self.server.large.acquire(timeout=self.limits.request):
                 raise RequestError(503, "Too many large bodies at once. Please retry.")
             self.turn.callback(self.server.large.release)
-        data = self.rfile.read(size)
+        data: bytes = self.rfile.read(size)
         if len(data) < size:
             raise RequestError(400, "The request is cut off.")
         return data
@@ -838,10 +802,10 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, status: int, text: str) -> bool:
         """Answer the request, in one write; return False if its deadline has done so."""
-        answers = self.deadlines.set(self, self.limits.linger, self.cut_off)
+        answers = self.server.set_deadline(self, self.limits.linger, self.cut_off)
         if answers:
             self.wfile.write(self.encode(status, text))
-        if not self.deadlines.set(self, self.limits.idle, self.cut_off, idle=not self.close_connection):
+        if not self.server.set_deadline(self, self.limits.idle, self.cut_off, idle=not self.close_connection):
             self.close_connection = True
         return answers
 
@@ -861,6 +825,10 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.rfile.close()  # a socket's file stays open as long as this does
         self.server.close_request(self.connection)
 
+    def refuse_late(self) -> None:
+        """Refuse a request that is not whole in time."""
+        self.cut_off(408, "The request did not arrive whole within %g s." % self.limits.request)
+
     def cut_off(self, status: int = 0, text: str = "") -> None:
         """End the connection, after an answer if that can be sent without waiting; its thread's reading ends."""
         self.close_connection = True
@@ -872,17 +840,21 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Close the connection, after reading on: to close on unread input would reset it and lose the last answer."""
-        if self.deadlines.set(self, self.limits.linger, self.cut_off):
+        if self.server.set_deadline(self, self.limits.linger, self.cut_off):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(LARGE_BYTES):
                     pass
-        self.deadlines.entries.pop(self, None)
+        self.server.deadlines.pop(self, None)
         super().finish()
 
 
 class Bot(http.server.ThreadingHTTPServer):
-    """The webhook's server: a thread for each connection, within limits."""
+    """The webhook's server: a thread for each connection, within limits.
+
+    Each connection has a deadline.  Time-outs of its socket would cost a system call for each read, and would not stop
+    a client that drips.
+    """
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
@@ -893,12 +865,14 @@ class Bot(http.server.ThreadingHTTPServer):
         """Bind, and do not start; raise OSError if that fails."""
         self.address_family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        super().__init__(address[:2], WebhookHandler)
+        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.clock = settings, limits, clock
         self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
-        self.deadlines = Deadlines(clock)
+        self.deadlines: Dict[WebhookHandler, Deadline] = {}  # the one last set is last
+        self.lock = threading.Lock()  # over them, and while they are acted on, which never waits
+        self.stopping = False         # from then on no connection is to wait for a request
         self.large = threading.BoundedSemaphore(limits.large)
         self.open: Set[socket.socket] = set()  # the connections
         self.place = threading.Condition()     # for another one
@@ -917,14 +891,32 @@ class Bot(http.server.ThreadingHTTPServer):
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
         super().serve_forever(poll_interval)
 
+    def set_deadline(self, handler: WebhookHandler, seconds: float, act: Callable[[], None], idle: bool = False,
+                     first: bool = False) -> bool:
+        """Have `act` called in so many seconds, and not what was set before; return False if that has been called."""
+        with self.lock:
+            if not (self.deadlines.pop(handler, None) or first) or idle and self.stopping:
+                return False
+            self.deadlines[handler] = self.clock() + seconds, act, idle
+            return True
+
     def service_actions(self) -> None:
-        """Look at the deadlines, in each turn of the accept loop."""
-        self.deadlines.check()
+        """Act on the deadlines that are over; the accept loop calls this in each turn."""
+        now = self.clock()
+        with self.lock:
+            for handler in [handler for handler, (when, _, _) in self.deadlines.items() if when <= now]:
+                self.deadlines.pop(handler)[1]()
+
+    def end_idle(self, count: Optional[int] = None) -> None:
+        """Act now on the connections that have been idle longest, so many of them, or on all that are idle."""
+        with self.lock:
+            for handler in [handler for handler, (_, _, idle) in self.deadlines.items() if idle][:count]:
+                self.deadlines.pop(handler)[1]()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop tries again, if there is no place or no file for it."""
         if len(self.open) >= self.limits.connections:
-            self.deadlines.end_idle(1)
+            self.end_idle(1)
         with self.place:
             if not self.place.wait_for(lambda: len(self.open) < self.limits.connections, TICK):
                 raise OSError("no place")
@@ -962,11 +954,11 @@ class Bot(http.server.ThreadingHTTPServer):
     def drain(self) -> int:
         """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
         self.server_close()
-        self.deadlines.stopping = True
-        self.deadlines.end_idle()
+        self.stopping = True
+        self.end_idle()
         until = self.clock() + self.limits.drain
         while (self.open or self.outbox.pending) and self.clock() < until:
-            self.deadlines.check()
+            self.service_actions()
             with self.place:
                 self.place.wait(TICK)
         self.outbox.stopped.set()
@@ -1178,8 +1170,6 @@ def check_graph(graph: Graph, report: Report) -> None:
             fix = "APP_SECRET is not that of the token's app: copy both from the same app"
         elif what == "subscription" and code in (100, 190, 210):
             fix = "the token is a person's, not a page's: generate one for the page, in Meta's dashboard"
-        elif what == "subscription" and code in (10, *range(200, 300)):
-            fix = "the token has no permission to tell: generate one with pages_manage_metadata"
         report(False, what, "", fix)
     except TemporaryError as failure:
         report(False, what, "", "%s: check GRAPH_URL, https_proxy, and this host's network" % failure)
@@ -1237,22 +1227,13 @@ def printable(text: str) -> str:
     return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
 
 
-def start_log(level: str, quote: bool) -> None:
-    """Log to standard error."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(LogFormatter(quote))
-    logging.basicConfig(level=level, handlers=[handler])
-
-
 def fit_file_limit(limits: Limits) -> Limits:
     """Return `limits`, scaled down if the host does not allow as many open files."""
     try:
         import resource
     except ImportError:  # on Windows, which has no such limit
         return limits
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    if files == resource.RLIM_INFINITY:
-        return limits
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # -1 says that there is no limit
     share = min(1.0, (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls))
     names = "connections", "calls", "idle_calls"
     return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
@@ -1270,7 +1251,7 @@ def serve(environ: Mapping[str, str]) -> int:
         print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
               "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
-    start_log(settings.log_level, quote=not settings.page_access_token)
+    log.setLevel(settings.log_level)
     host = "[%s]" % settings.host if ":" in settings.host else settings.host
     log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
     if settings.page_access_token:
@@ -1318,8 +1299,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    handler = logging.StreamHandler()  # to standard error
+    handler.setFormatter(LogFormatter(quote=options.command == "chat" or not os.environ.get("PAGE_ACCESS_TOKEN")))
+    logging.basicConfig(handlers=[handler])
     if options.command == "chat":
-        start_log("WARNING", quote=True)
         return Chat().run()
     if options.command == "check":
         return check(os.environ, options.url)
