@@ -685,7 +685,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     server: Bot
     rfile: Any
     raw_requestline: bytes
-    command = path = query = ""
+    query = ""
 
     def setup(self) -> None:
         """Prepare for the first request, whose time begins with the connection."""
@@ -698,6 +698,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Wait for a request, and answer it, whatever happens."""
         self.close_connection = True  # until a request has been read whole, it is in doubt where it ends
+        self.command = self.path = ""
         try:
             if self.rfile.peek(1):
                 seconds = self.until - self.server.clock() if self.until else self.limits.request
@@ -730,7 +731,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
         self.until = None
-        self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
+        keep = version and not self.server.stopping and "close" not in self.fields.get("connection", "").lower()
+        self.close_connection = not keep
         if self.path not in METHODS:
             raise RequestError(404, "There is nothing here.")
         if self.command not in METHODS[self.path].split(", "):
@@ -767,7 +769,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             if not self.server.large.acquire(timeout=self.limits.request):
                 raise RequestError(503, "Too many large bodies at once. Please retry.")
             self.turn.callback(self.server.large.release)
-        data: bytes = self.rfile.read(size)
+        data: bytes = self.rfile.read(size) or b""
         if len(data) < size:
             raise RequestError(400, "The request is cut off.")
         return data
@@ -845,7 +847,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(LARGE_BYTES):
                     pass
-        self.server.deadlines.pop(self, None)
+        with self.server.lock:
+            self.server.deadlines.pop(self, None)
         super().finish()
 
 
@@ -887,7 +890,7 @@ class Bot(http.server.ThreadingHTTPServer):
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Serve until `shutdown`, on one processor: threads that take turns hand over more cheaply on one than on two,
         which carry little more than half of what one does."""
-        if hasattr(os, "sched_setaffinity"):  # on Linux; it holds for this thread and those that it starts
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it: for this thread and those it starts
             os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
         super().serve_forever(poll_interval)
 
