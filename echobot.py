@@ -57,8 +57,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import (IO, Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Set,
-                    Tuple)
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
@@ -110,8 +109,7 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from the first try of a reply until it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about ten
-    outage: float = 600.0      # of failure without a break, after which deliveries are answered 200 although their
-    #                            replies have not been sent: after 3600, Messenger would unsubscribe the webhook
+    outage: float = 600.0      # of failure, after which Messenger gets 200 all the same: at 3600 it would unsubscribe
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
 
 
@@ -327,9 +325,7 @@ def inside_character(text: str, at: int) -> bool:
 # Their parser of header fields is that of e-mail.  It accepts what RFC 9112 has a server refuse, and run for a request
 # and again for Graph's answer it takes nearly half of the processor's time.
 
-Fields = Dict[str, str]
 CHUNKED = -1
-TOO_LONG = "The body is longer than %d bytes." % BODY_BYTES
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % TOKEN)
 FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\r?\n" % TOKEN)
@@ -338,9 +334,9 @@ HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
 
-def read_fields(file: IO[bytes]) -> Fields:
+def read_fields(file: Any) -> Dict[str, str]:
     """Return the header fields up to the empty line, by their names in lower case; raise RequestError if malformed."""
-    fields: Fields = {}
+    fields: Dict[str, str] = {}
     room = HEAD_BYTES
     while True:
         line = file.readline(LINE_BYTES + 1)
@@ -356,7 +352,7 @@ def read_fields(file: IO[bytes]) -> Fields:
         fields[name] = fields[name] + ", " + value if name in fields else value  # two lengths are none
 
 
-def body_length(fields: Fields, version: int) -> Optional[int]:
+def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED, or None; raise RequestError in doubt."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
@@ -371,7 +367,7 @@ def body_length(fields: Fields, version: int) -> Optional[int]:
     if not re.fullmatch("[0-9]+", length):
         raise RequestError(400, "Content-Length is not a decimal number, or is given twice.")
     if float(length) > BODY_BYTES:  # not int, which refuses thousands of digits
-        raise RequestError(413, TOO_LONG)
+        raise RequestError(413, "The body is longer than 1 MiB.")
     return int(float(length))
 
 
@@ -574,8 +570,7 @@ class Outbox:
     def settle(self, owed: Sequence[PendingReply]) -> int:
         """Return 200 once the replies are settled; 500 if `reply` raised, 503 if one is given up, or not done in time.
 
-        Those that are neither settled nor pending are sent here, one person's in this thread and each further person's
-        in a thread of its own.  All enter their lines at once, or else another delivery could overtake between them.
+        Those that are new are sent here; all enter their lines at once, or else another delivery could overtake.
         """
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
@@ -673,8 +668,6 @@ class Outbox:
 # ---- The server ----------------------------------------------------------------------------------------------------
 
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
-Deadline = Tuple[float, Callable[[], None], bool]  # when, what to do, and whether the connection waits for a request
-FAILED = "Internal error. Please retry."
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
@@ -685,7 +678,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     server: Bot
     rfile: Any
     raw_requestline: bytes
-    query = ""
+    command = path = query = ""
 
     def setup(self) -> None:
         """Prepare for the first request, whose time begins with the connection."""
@@ -710,7 +703,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
         except Exception:
             log.exception("a bug in %s %s", self.command, self.path)
-            self.send_error(500, FAILED)
+            self.send_error(500, "Internal error. Please retry.")
         finally:
             self.turn.close()
 
@@ -758,7 +751,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 read_fields(self.rfile)
                 return bytes(body)
             if len(body) + size > BODY_BYTES:
-                raise RequestError(413, TOO_LONG)
+                raise RequestError(413, "The body is longer than 1 MiB.")
             body += self.read(size, len(body))
             if self.read(2) != b"\r\n":
                 raise RequestError(400, "A chunk is malformed.")
@@ -776,11 +769,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
-        text = "ok"
-        if self.path != "/healthz":
-            query = urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True)
-            text = verify_challenge(dict(query), self.server.settings.verify_token)
-        self.respond(200, text)
+        query = dict(urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True))
+        verify_token = self.server.settings.verify_token
+        self.respond(200, "ok" if self.path == "/healthz" else verify_challenge(query, verify_token))
 
     do_HEAD = do_GET
 
@@ -793,7 +784,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if errors:
             log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
-        self.respond(*{200: (200, "ok"), 500: (500, FAILED)}.get(status) or self.server.unsettled())
+        answers = {200: (200, "ok"), 500: (500, "Internal error. Please retry.")}
+        self.respond(*answers.get(status) or self.server.unsettled())
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer a request that is refused, and log the reason."""
@@ -853,11 +845,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
 
 class Bot(http.server.ThreadingHTTPServer):
-    """The webhook's server: a thread for each connection, within limits.
-
-    Each connection has a deadline.  Time-outs of its socket would cost a system call for each read, and would not stop
-    a client that drips.
-    """
+    """The webhook's server: a thread for each connection, within limits."""
 
     request_queue_size = BACKLOG
     allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
@@ -873,7 +861,9 @@ class Bot(http.server.ThreadingHTTPServer):
         self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
-        self.deadlines: Dict[WebhookHandler, Deadline] = {}  # the one last set is last
+        # When to do what with each connection, and whether it waits for a request.  Time-outs of the sockets would cost
+        # a system call for each read, and would not stop a client that drips.
+        self.deadlines: Dict[WebhookHandler, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
         self.lock = threading.Lock()  # over them, and while they are acted on, which never waits
         self.stopping = False         # from then on no connection is to wait for a request
         self.large = threading.BoundedSemaphore(limits.large)
@@ -975,7 +965,6 @@ make_server = Bot
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
-REDELIVERIES = 200                # of a delivery, in about a minute; Messenger goes on for an hour
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph
     "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
@@ -1092,7 +1081,7 @@ class Chat:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
         said, status = self.said, 503
-        for _ in range(REDELIVERIES):
+        for _ in range(200):  # in a minute; Messenger goes on for an hour
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, fields.items()),
                       self.body.decode())
             response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
@@ -1118,13 +1107,12 @@ class Chat:
 
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
-CHECK_SECONDS = 4.0  # for each step of a call: Messenger waits for 5
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
 Report = Callable[[Any, str, str, str], bool]
 
 
 def check(environ: Mapping[str, str], url: Optional[str] = None,
-          opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = CHECK_SECONDS) -> int:
+          opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = 4.0) -> int:
     """Print a line for each possible cause of silence, in order; return the exit status, 0 if all is well."""
     results = []
 
@@ -1210,10 +1198,7 @@ def check_webhook(settings: Settings, url: str, report: Report, call: Callable[.
 class LogFormatter(logging.Formatter):
     """A line for each record, and below it the traceback of a bug; control characters are escaped."""
 
-    def __init__(self, quote: bool) -> None:
-        """Show what an exception says only if `quote`: it may quote a message, or a secret."""
-        super().__init__()
-        self.quote = quote
+    quote = False  # what an exception says, which may quote a message or a secret
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines."""
@@ -1266,7 +1251,7 @@ def serve(environ: Mapping[str, str]) -> int:
     return run_until_signal(bot)
 
 
-def run_until_signal(bot: Bot) -> NoReturn:
+def run_until_signal(bot: Bot) -> int:
     """Serve until SIGTERM or Ctrl-C, finish what is under way, and end the process."""
     signals: List[float] = []
 
@@ -1292,8 +1277,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
     parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve",
-                        help="serve (the default), chat or check")
+    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve", help="default: serve")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")
     parser.add_argument("--host", default=os.environ.get("HOST", ""), help="where to listen, instead of HOST")
     parser.add_argument("--port", default=os.environ.get("PORT", ""), help="where to listen, instead of PORT")
@@ -1302,8 +1286,10 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     for stream in sys.stdin, sys.stdout:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    formatter = LogFormatter()
+    formatter.quote = options.command == "chat" or not os.environ.get("PAGE_ACCESS_TOKEN")
     handler = logging.StreamHandler()  # to standard error
-    handler.setFormatter(LogFormatter(quote=options.command == "chat" or not os.environ.get("PAGE_ACCESS_TOKEN")))
+    handler.setFormatter(formatter)
     logging.basicConfig(handlers=[handler])
     if options.command == "chat":
         return Chat().run()
