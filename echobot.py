@@ -1277,7 +1277,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
     parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve", help="default: serve")
+    parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")
     parser.add_argument("--host", default=os.environ.get("HOST", ""), help="where to listen, instead of HOST")
     parser.add_argument("--port", default=os.environ.get("PORT", ""), help="where to listen, instead of PORT")
