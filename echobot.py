@@ -120,12 +120,12 @@ class Settings(NamedTuple):
 
     page_access_token: str = ""
     app_secret: str = ""
-    allow_unsigned: str = "0"
     verify_token: str = "my_voice_is_my_password_verify_me"
     host: str = "0.0.0.0"
     port: int = 5000
     graph_url: str = "https://graph.facebook.com/v26.0"
     log_level: str = "INFO"
+    allow_unsigned: str = "0"
 
 
 class SettingsError(Exception):
@@ -147,7 +147,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
             text = text[1:-1].strip()
         values[name] = text or str(default)
     values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1
-    values["log_level"] = values["log_level"].upper()
+    values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
     if errors:
@@ -533,7 +533,7 @@ class Graph:
     """The Graph API, for one page; `credentials` are the query that every call has."""
 
     def __init__(self, settings: Settings, opener: urllib.request.OpenerDirector, timeout: float) -> None:
-        self.url, self.opener, self.timeout = settings.graph_url.rstrip("/"), opener, timeout
+        self.url, self.opener, self.timeout = settings.graph_url, opener, timeout
         query = {"access_token": settings.page_access_token}
         if settings.app_secret:
             query["appsecret_proof"] = sign(settings.page_access_token.encode(), settings.app_secret)[len("sha256="):]
@@ -790,18 +790,17 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer a request that is refused, and log the reason."""
         message = message or http.client.responses[code]
-        if self.respond(code, message):
+        if self in self.server.deadlines:  # else it has been answered 408 meanwhile
             log.log(logging.WARNING if code == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command or "a request", self.path, self.client_address[0], code, explain or message)
+        self.respond(code, message)
 
-    def respond(self, status: int, text: str) -> bool:
-        """Answer the request, in one write; return False if its deadline has done so."""
-        answers = self.server.set_deadline(self, self.limits.linger, self.cut_off)
-        if answers:
+    def respond(self, status: int, text: str) -> None:
+        """Answer the request, in one write, unless its deadline has done so."""
+        if self.server.set_deadline(self, self.limits.linger, self.cut_off):
             self.wfile.write(self.encode(status, text))
         if not self.server.set_deadline(self, self.limits.idle, self.cut_off, idle=not self.close_connection):
             self.close_connection = True
-        return answers
 
     def encode(self, status: int, text: str) -> bytes:
         """Return the bytes of an answer."""
