@@ -25,8 +25,7 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-So a reply is sent at least once, and twice only if Graph accepted it without saying so, or if the delivery was
-redelivered to another process.
+A reply is sent at least once; twice only if Graph did not say that it accepted it, or another process got it again.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -71,9 +70,9 @@ Wait = Callable[[threading.Event, float], bool]
 def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
-    `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, with an empty `text` where there is
-    none.  A postback, the press of a button, comes as {"text": its title, "payload": …}.  `reply` may take its time: it
-    runs in many threads, for one person in one thread at a time.  If it raises, the delivery is answered 500.
+    `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
+    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may take its time, and runs
+    in many threads, for one person in one at a time.  If it raises, the delivery is answered 500.
     """
     return message.get("text") or "I can't echo this"
 
@@ -163,8 +162,6 @@ def settings_errors(settings: Settings) -> Iterator[str]:
     if settings.page_access_token and not settings.app_secret and settings.allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or ALLOW_UNSIGNED=1 to let anybody in")
-    if settings.allow_unsigned not in ("0", "1"):
-        yield "ALLOW_UNSIGNED must be 0 or 1: set it to 1 to do without APP_SECRET, or remove it"
     if not 0 <= settings.port < 65536:
         yield "PORT (or --port) must be a whole number from 0 to 65535: set it to the port to listen on, such as 5000"
     if not re.fullmatch(r"[^\s/\[\]]+", settings.host) or settings.host.count(":") == 1:
@@ -186,9 +183,7 @@ class RequestError(ValueError):
 
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
-    if "hub.verify_token" not in query:
-        raise RequestError(403, WRONG_TOKEN, "hub.verify_token is missing")
-    if not hmac.compare_digest(query["hub.verify_token"].encode(), verify_token.encode()):
+    if not hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace")):
         raise RequestError(403, WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
     if query.get("hub.mode", "subscribe") != "subscribe":
         raise RequestError(403, WRONG_TOKEN, "hub.mode is not subscribe")
@@ -322,14 +317,13 @@ def inside_character(text: str, at: int) -> bool:
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
 #
-# Their parser of header fields is that of e-mail.  It accepts what RFC 9112 has a server refuse, and run for a request
-# and again for Graph's answer it takes nearly half of the processor's time.
+# Their parser of header fields is that of e-mail: it accepts what RFC 9112 has a server refuse, and takes its time.
 
 CHUNKED = -1
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % TOKEN)
 FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\r?\n" % TOKEN)
-AUTHORITY = re.compile("https?://[^/?]*", re.I)
+AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
 HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 
@@ -402,8 +396,8 @@ MEANINGS: Dict[Any, str] = {
 class Response(http.client.HTTPResponse):
     """An answer, read as http.client does, but for two things.
 
-    Its header fields are parsed by `read_fields`.  And its buffer stays open until `close`: http.client closes it at
-    the end of the answer, what came beyond would vanish with it, and the connection would look unused.
+    `read_fields` parses its header fields.  And its buffer stays open until `close`, for what came beyond the answer
+    would vanish with it, and the connection look unused.
     """
 
     body = b""
@@ -465,7 +459,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if tunnel:
                 connection.set_tunnel(tunnel, headers=for_proxy)
         fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
-        head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector, fields)
+        head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             data: Any = req.data or b""
@@ -474,6 +468,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             stack.callback(response.close)
             response.begin()
             response.body = response.read(BODY_BYTES)
+            if response.length:
+                raise http.client.IncompleteRead(response.body, response.length)
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle) < self.limits.idle_calls:
                     self.idle.append((key, self.clock(), connection, response))
@@ -529,6 +525,11 @@ def parse_response(response: Any) -> Dict[str, Any]:
     raise failure
 
 
+def describe(error: Exception) -> str:
+    """Return why there is no answer; nothing of what has come instead, which may quote the token."""
+    return str(error) if isinstance(error, OSError) else type(error).__name__
+
+
 class Graph:
     """The Graph API, for one page; `credentials` are the query that every call has."""
 
@@ -546,7 +547,7 @@ class Graph:
         try:
             return parse_response(self.opener.open(request, timeout=self.timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TemporaryError("no answer from Graph (%s)" % error) from error
+            raise TemporaryError("no answer from Graph (%s)" % describe(error)) from error
 
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
@@ -568,10 +569,7 @@ class Outbox:
         self.stopped = threading.Event()                    # ends the pauses between retries
 
     def settle(self, owed: Sequence[PendingReply]) -> int:
-        """Return 200 once the replies are settled; 500 if `reply` raised, 503 if one is given up, or not done in time.
-
-        Those that are new are sent here; all enter their lines at once, or else another delivery could overtake.
-        """
+        """Return 200 once the replies are settled, 500 if `reply` raised, 503 if one is given up or not done in time."""
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
         lines: Dict[str, List[PendingReply]] = {}
@@ -582,7 +580,7 @@ class Outbox:
             new = [reply for key, reply in unsettled.items() if key not in self.pending]
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503
-            for reply in new:
+            for reply in new:  # all at once, or else another delivery could overtake
                 self.pending[reply.key] = reply
                 reply.previous = self.last.get(reply.recipient)
                 self.last[reply.recipient] = reply
@@ -718,7 +716,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if match is None:
             raise RequestError(400, "The request line is malformed or cut off.")
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
-        self.path, _, self.query = (target if target[0] == "/" else AUTHORITY.sub("", target)).partition("?")
+        self.path, _, self.query = AUTHORITY.sub("/", target, 1).partition("?")
         self.fields = read_fields(self.rfile)
         if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # HTTP/1.0 may do without
             raise RequestError(400, "Host is missing, malformed, or given twice.")
@@ -738,7 +736,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if length is None and self.command == "POST":
             raise RequestError(411, "A delivery needs a Content-Length, or chunks.")
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
-            self.handle_expect_100()
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length != CHUNKED:
             return self.read(length or 0)
         body = bytearray()
@@ -769,9 +767,11 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
-        query = dict(urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True))
-        verify_token = self.server.settings.verify_token
-        self.respond(200, "ok" if self.path == "/healthz" else verify_challenge(query, verify_token))
+        text = "ok"
+        if self.path != "/healthz":
+            query = urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True)
+            text = verify_challenge(dict(query), self.server.settings.verify_token)
+        self.respond(200, text)
 
     do_HEAD = do_GET
 
@@ -860,8 +860,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
-        # When to do what with each connection, and whether it waits for a request.  Time-outs of the sockets would cost
-        # a system call for each read, and would not stop a client that drips.
+        # When to do what with each connection, and whether it is idle; time-outs of sockets would not stop a dripping one
         self.deadlines: Dict[WebhookHandler, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
         self.lock = threading.Lock()  # over them, and while they are acted on, which never waits
         self.stopping = False         # from then on no connection is to wait for a request
@@ -933,7 +932,8 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed, such as for want of a thread."""
-        log.error("closed a connection: %r", sys.exc_info()[1])
+        if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
+            log.error("closed a connection: %r", sys.exc_info()[1])
 
     def unsettled(self) -> Tuple[int, str]:
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
@@ -1018,8 +1018,8 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
             valid = text.strip() and pieces(text) == [text] and call["messaging_type"] and call["recipient"]["id"]
         except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
-        known = self.path.endswith("?" + self.chat.credentials)
-        return {"code": 190} if not known else {} if valid else {"code": 100}
+        query, right = self.path.partition("?")[2].split("&"), self.chat.credentials.split("&")
+        return {"code": 190} if query[0] != right[0] else {} if valid and query == right else {"code": 100}
 
 
 class Chat:
@@ -1033,6 +1033,7 @@ class Chat:
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
         self.secret, self.credentials = settings.app_secret, Graph(settings, self.opener, 0).credentials
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
+        self.note = functools.partial(print, file=sys.stderr, flush=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
         for server in graph, bot:
@@ -1046,8 +1047,7 @@ class Chat:
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
                 self.hear(input("you> " if self.terminal else ""))
-        if self.terminal:
-            print()
+        print(end="\n" if self.terminal else "")
         return 0
 
     def hear(self, line: str) -> None:
@@ -1094,10 +1094,6 @@ class Chat:
         elif self.said == said:
             self.note("(the bot answered 200, and there is no reply)")
 
-    def note(self, text: str) -> None:
-        """Print what is about the talk, and not part of it."""
-        print(text, file=sys.stderr, flush=True)
-
     def show(self, direction: str, *lines: str) -> None:
         """Print a message that goes over the wire, if that is wanted."""
         if self.showing:
@@ -1130,15 +1126,17 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
            "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token")
     report(settings.app_secret, "settings", "APP_SECRET is set",
            "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret")
-    opener = opener or make_opener()
+    opener = opener or make_opener(Limits(idle_calls=0))
     if settings.page_access_token:
         check_graph(Graph(settings, opener, timeout), report)
-    if url and report(URL.fullmatch(url), "URL", url, "not a URL: give one like https://example.com/webhook"):
+    if url and not URL.fullmatch(url):
+        report(False, "URL", "", "not a URL: give one like https://example.com/webhook")
+    elif url:
         try:
             check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
         except (OSError, http.client.HTTPException, ValueError) as error:
             report(False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
-                   "reach it" % error)
+                   "reach it" % describe(error))
     return 0 if all(results) else 1
 
 
@@ -1151,16 +1149,12 @@ def check_graph(graph: Graph, report: Report) -> None:
         what = "subscription"
         apps = [app for app in as_list(graph.call("/me/subscribed_apps?").get("data")) if isinstance(app, dict)]
         fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
-        report("messages" in fields, what, "the page sends " + ", ".join(fields), "%s: subscribe it to messages and "
-               "messaging_postbacks, in Meta's dashboard" % (
-                   "the app is not subscribed to messages" if apps else "no app is subscribed to the page"))
+        report("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
+               "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
     except PermanentError as refusal:
-        code, fix = refusal.error["code"], str(refusal)
-        if "appsecret_proof" in str(refusal.error.get("message")):
-            fix = "APP_SECRET is not that of the token's app: copy both from the same app"
-        elif what == "subscription" and code in (100, 190, 210):
-            fix = "the token is a person's, not a page's: generate one for the page, in Meta's dashboard"
-        report(False, what, "", fix)
+        other_app = "appsecret_proof" in str(refusal.error.get("message"))
+        report(False, what, "", "APP_SECRET is not that of the token's app: copy both from the same app" if other_app
+               else str(refusal))
     except TemporaryError as failure:
         report(False, what, "", "%s: check GRAPH_URL, https_proxy, and this host's network" % failure)
 
@@ -1172,7 +1166,7 @@ def check_webhook(settings: Settings, url: str, report: Report, call: Callable[.
         response = call(urllib.request.Request(target, None if query else EMPTY, fields))
         return response.status, response.body.decode("utf-8", "replace")
 
-    report(url.startswith("https:"), "https", "the URL is https",
+    report(url.startswith("https:"), "URL", url,
            "the URL is not https, and Messenger calls nothing else: put a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
@@ -1239,15 +1233,19 @@ def serve(environ: Mapping[str, str]) -> int:
               "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
     log.setLevel(settings.log_level)
+    return run_until_signal(bot)
+
+
+def announce(settings: Settings, port: int) -> None:
+    """Log the address, the mode, and what is missing."""
     host = "[%s]" % settings.host if ":" in settings.host else settings.host
-    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, port)
     if settings.page_access_token:
         log.info("live: replies go to %s", settings.graph_url)
     else:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
     if not settings.app_secret:
         log.warning("anybody can post deliveries until APP_SECRET is set")
-    return run_until_signal(bot)
 
 
 def run_until_signal(bot: Bot) -> int:
@@ -1262,6 +1260,7 @@ def run_until_signal(bot: Bot) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
     threading.Thread(target=bot.serve_forever, daemon=True).start()
+    announce(bot.settings, bot.server_port)
     while not signals:
         time.sleep(TICK)
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
@@ -1287,9 +1286,8 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     formatter = LogFormatter()
     formatter.quote = options.command == "chat" or not os.environ.get("PAGE_ACCESS_TOKEN")
-    handler = logging.StreamHandler()  # to standard error
-    handler.setFormatter(formatter)
-    logging.basicConfig(handlers=[handler])
+    logging.basicConfig()  # to standard error
+    logging.getLogger().handlers[0].setFormatter(formatter)
     if options.command == "chat":
         return Chat().run()
     if options.command == "check":
