@@ -569,7 +569,7 @@ class Outbox:
         self.stopped = threading.Event()                    # ends the pauses between retries
 
     def settle(self, owed: Sequence[PendingReply]) -> int:
-        """Return 200 once the replies are settled, 500 if `reply` raised, 503 if one is given up or not done in time."""
+        """Return 200 once the replies are settled, 500 if `reply` raised, 503 if one is given up or not in time."""
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
         lines: Dict[str, List[PendingReply]] = {}
@@ -860,7 +860,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.opener = opener or make_opener(limits, clock=clock)
         graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
         self.outbox = Outbox(reply, graph, limits, clock, wait)
-        # When to do what with each connection, and whether it is idle; time-outs of sockets would not stop a dripping one
+        # When to do what with each connection, and whether it is idle: time-outs of sockets would not stop who drips
         self.deadlines: Dict[WebhookHandler, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
         self.lock = threading.Lock()  # over them, and while they are acted on, which never waits
         self.stopping = False         # from then on no connection is to wait for a request
