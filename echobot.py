@@ -898,16 +898,17 @@ class Bot(http.server.ThreadingHTTPServer):
             for handler in [handler for handler, (when, _, _) in self.deadlines.items() if when <= now]:
                 self.deadlines.pop(handler)[1]()
 
-    def end_idle(self, count: Optional[int] = None) -> None:
-        """Act now on the connections that have been idle longest, so many of them, or on all that are idle."""
+    def end_idle(self, all_of_them: bool) -> None:
+        """Act now on all idle connections, or on the one that has been idle longest since its last request."""
         with self.lock:
-            for handler in [handler for handler, (_, _, idle) in self.deadlines.items() if idle][:count]:
+            idle = [handler for handler, (_, _, idle) in self.deadlines.items() if idle]
+            for handler in idle if all_of_them else [handler for handler in idle if not handler.until][:1]:
                 self.deadlines.pop(handler)[1]()
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop tries again, if there is no place or no file for it."""
         if len(self.open) >= self.limits.connections:
-            self.end_idle(1)
+            self.end_idle(all_of_them=False)
         with self.place:
             if not self.place.wait_for(lambda: len(self.open) < self.limits.connections, TICK):
                 raise OSError("no place")
@@ -947,7 +948,7 @@ class Bot(http.server.ThreadingHTTPServer):
         """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
         self.server_close()
         self.stopping = True
-        self.end_idle()
+        self.end_idle(all_of_them=True)
         until = self.clock() + self.limits.drain
         while (self.open or self.outbox.pending) and self.clock() < until:
             self.service_actions()
