@@ -1266,6 +1266,7 @@ class Limits(WireTest):
         for _ in range(2):
             idle.append(self.connect(bot, NEXT))
             self.one(idle[-1])
+            self.until(lambda: sum(waits for _, _, waits in list(bot.deadlines.values())) == len(idle))
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual(self.rest(idle[0]), [])
         idle[1].sendall(NEXT)
