@@ -1713,7 +1713,7 @@ class Commands(ProcessTest):
         resource.setrlimit(resource.RLIMIT_NOFILE, usual)
         self.until_logged(process)
         for _ in range(80):
-            self.connect(process)
+            self.connect(process, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").recv(1)
         self.assertEqual(self.deliver(process, delivery(message())), 200)
 
 
