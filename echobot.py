@@ -25,7 +25,7 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-A reply is sent at least once; twice only if Graph did not say that it accepted it, or another process got it again.
+A reply is sent at least once; twice only if Graph accepted it without saying so, or another process got it too.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -71,8 +71,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
-    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may take its time, and runs
-    in many threads, for one person in one at a time.  If it raises, the delivery is answered 500.
+    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may take its time: it runs
+    in many threads, but for one person in one at a time.  If it raises, the delivery is answered 500.
     """
     return message.get("text") or "I can't echo this"
 
@@ -261,7 +261,7 @@ def identity(party: Any) -> str:
 def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     """Return the reply owed to `event`, None if there is none; raise ValueError if the event is malformed.
 
-    A person's messages and postbacks are owed one, and nothing else: not what the page itself says, echoed.
+    A person's messages and postbacks are owed one.  Nothing else is, and not the page's own messages, echoed.
     """
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
@@ -317,7 +317,7 @@ def inside_character(text: str, at: int) -> bool:
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
 #
-# Their parser of header fields is that of e-mail: it accepts what RFC 9112 has a server refuse, and takes its time.
+# They read header fields with the parser for e-mail, which accepts what RFC 9112 has a server refuse, and is slow.
 
 CHUNKED = -1
 TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
@@ -383,11 +383,11 @@ TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
 MEANINGS: Dict[Any, str] = {
     10: "the person's last message is over 24 hours old, or a permission is missing: ask for pages_messaging in review",
     100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
-    102: "the session is over: generate a new PAGE_ACCESS_TOKEN",
-    190: "the token is not valid any more: generate a new PAGE_ACCESS_TOKEN",
+    102: "the session has expired: generate a new PAGE_ACCESS_TOKEN",
+    190: "the token has expired or was revoked: generate a new PAGE_ACCESS_TOKEN",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
     1545041: "the person's last message is over 24 hours old: wait for the next one",
-    **dict.fromkeys((1, 2, 551, 1200), "Graph is down, or the person is not available: nothing for you to do"),
+    **dict.fromkeys((1, 2, 551, 1200), "Graph is down, or the person is not available: there is nothing to do"),
     **dict.fromkeys((4, 17, 32, 341, 613, 80006), "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
@@ -526,7 +526,7 @@ def parse_response(response: Any) -> Dict[str, Any]:
 
 
 def describe(error: Exception) -> str:
-    """Return why there is no answer; nothing of what has come instead, which may quote the token."""
+    """Return why there is no answer, and nothing of what came instead: it may quote the token."""
     return str(error) if isinstance(error, OSError) else type(error).__name__
 
 
@@ -940,7 +940,7 @@ class Bot(http.server.ThreadingHTTPServer):
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
         (first, last), now = self.outbox.failing, self.clock()
         if now - first >= self.limits.outage > now - last:
-            log.error("answered a delivery 200 although its replies have not been sent: Graph is failing for long")
+            log.error("answered a delivery 200 although its replies are unsent: Graph has failed for %d s", now - first)
             return 200, "ok"
         return 503, "The replies are not settled yet. Please retry."
 
@@ -969,7 +969,7 @@ PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph
     "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
     "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]}}]),
-    "/postback": ("a press on a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
+    "/postback": ("the press of a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
     "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
     "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
     "/echo": ("the bot's own message, echoed", [{"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}]),
@@ -1089,7 +1089,7 @@ class Chat:
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, text)
             if status != 503:
                 break
-            self.note("(the bot answered 503, for the reply is not settled yet; Messenger redelivers)")
+            self.note("(the bot answered 503 because the reply is not settled yet; Messenger redelivers)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, text))
         elif self.said == said:
