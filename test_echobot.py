@@ -1089,6 +1089,7 @@ class Limits(BotTest):
             other.close()
 
     def test_the_connection_that_has_been_idle_longest_makes_room_and_where_none_is_idle_they_wait(self):
+        self.assertEqual((echobot.Limits().connections, echobot.Limits().large), (500, 16))
         hold = threading.Event()
         bot = self.start_bot(limits={"connections": 3, "answer": WAIT}, reply=lambda message: str(hold.wait(WAIT)))
         busy = self.deliver_in_background(bot, delivery(message()))
@@ -1120,6 +1121,7 @@ class Limits(BotTest):
         first.sendall(body[999:])
         self.assertEqual([answer.status for answer in self.rest(second)], [200])
         late = [self.connect(bot, framed(large)) for _ in range(2)]
+        self.until(lambda: [act.__name__ for _, act, _ in [*bot.deadlines.values()]].count("refuse_late") == 2)
         self.until(lambda: not bot.large.acquire(blocking=False) or bot.large.release())
         clock.advance(10)
         self.assertEqual([answer.status for client in late for answer in self.rest(client)], [408, 408])
@@ -1176,12 +1178,12 @@ class Draining(BotTest):
     def test_what_is_under_way_is_finished_and_answered_and_nothing_new_is_accepted(self):
         hold = threading.Event()
         bot = self.start_bot(held(hold), limits={"answer": WAIT})
-        status = self.deliver_in_background(bot, delivery(message(), message(mid="m_2")))
+        client = self.connect(bot, signed_request(delivery(message(), message(mid="m_2"))))
         bot.graph.calls.get(timeout=WAIT)
         left = self.stop_in_background(bot)
         self.assertRaises(OSError, self.deliver, bot, delivery(message(mid="m_3")))
         hold.set()
-        self.assertEqual((status.get(timeout=WAIT), left.get(timeout=WAIT)), (200, 0))
+        self.assertEqual(([answer.status for answer in self.rest(client)], left.get(timeout=WAIT)), ([200], 0))
         self.assertEqual(bot.graph.calls.qsize(), 1)
 
     def test_an_arriving_request_is_answered_and_all_connections_are_closed_idle_ones_at_once(self):
@@ -1210,7 +1212,7 @@ class Draining(BotTest):
         clock.advance(4)
         self.assertEqual(status.get(timeout=WAIT), 503)
         clock.advance(20.9)
-        self.assertTrue(left.empty())
+        self.assertRaises(queue.Empty, left.get, timeout=0.1)
         clock.advance(0.1)
         self.assertEqual(left.get(timeout=WAIT), 1)
         hold.set()
