@@ -782,9 +782,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.turn.close()
         if errors:
             log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
-        status = self.server.outbox.settle(replies)
         answers = {200: (200, "ok"), 500: (500, "Internal error. Please retry.")}
-        self.respond(*answers.get(status) or self.server.unsettled())
+        self.respond(*answers.get(self.server.outbox.settle(replies)) or self.server.unsettled())
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer a request that is refused, and log the reason."""
@@ -1260,16 +1259,17 @@ def run_until_signal(bot: Bot) -> int:
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
-    threading.Thread(target=bot.serve_forever, daemon=True).start()
+    accept_loop = threading.Thread(target=bot.serve_forever, daemon=True)
+    accept_loop.start()
     announce(bot.settings, bot.server_port)
-    while not signals:
+    while not signals and accept_loop.is_alive():  # memory may run out in it
         time.sleep(TICK)
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     bot.shutdown()
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
-    logging.shutdown()
-    os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
+    print(end="", flush=True)
+    os._exit(0 if signals and not left else 1)  # Python itself would wait for threads that `reply` may have started
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
