@@ -943,10 +943,10 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def drain(self) -> int:
         """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
+        until = self.clock() + self.limits.drain
         self.server_close()
         self.stopping = True
         self.end_idle(all_of_them=True)
-        until = self.clock() + self.limits.drain
         while (self.open or self.outbox.pending) and self.clock() < until:
             self.service_actions()
             with self.place:
