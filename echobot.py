@@ -351,7 +351,7 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or version == 0 or "chunked" in codings[:-1]:
-            raise RequestError(400, "Where the body ends is in doubt: chunked goes last, alone, and in HTTP/1.1.")
+            raise RequestError(400, "The end of the body is in doubt: chunked comes last, without a length, in HTTP/1.1.")
         if codings != ["chunked"]:
             raise RequestError(501, "The only transfer coding supported is chunked.")
         return CHUNKED
@@ -733,7 +733,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Return the body of the request; trailer fields behind a chunked one are read, and not needed here."""
         length = body_length(self.fields, version)
         if length is None and self.command == "POST":
-            raise RequestError(411, "A delivery needs a Content-Length, or chunks.")
+            raise RequestError(411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length != CHUNKED:
@@ -781,7 +781,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         replies, errors = replies_owed(parse_object(self.body))
         self.turn.close()
         if errors:
-            log.warning("skipped %d malformed events of a delivery, the first because %s", len(errors), errors[0])
+            log.warning("skipped %d malformed events of a delivery; the first: %s", len(errors), errors[0])
         answers = {200: (200, "ok"), 500: (500, "Internal error. Please retry.")}
         self.respond(*answers.get(self.server.outbox.settle(replies)) or self.server.unsettled())
 
@@ -931,7 +931,7 @@ class Bot(http.server.ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed, such as for want of a thread."""
         if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
-            log.error("closed a connection: %r", sys.exc_info()[1])
+            log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
     def unsettled(self) -> Tuple[int, str]:
         """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
@@ -1153,7 +1153,7 @@ def check_graph(graph: Graph, report: Report) -> None:
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
     except PermanentError as refusal:
         other_app = "appsecret_proof" in str(refusal.error.get("message"))
-        report(False, what, "", "APP_SECRET is not that of the token's app: copy both from the same app" if other_app
+        report(False, what, "", "APP_SECRET is another app's than the token: copy both from the same app" if other_app
                else str(refusal))
     except TemporaryError as failure:
         report(False, what, "", "%s: check GRAPH_URL, https_proxy, and this host's network" % failure)
