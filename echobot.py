@@ -351,7 +351,7 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or version == 0 or "chunked" in codings[:-1]:
-            raise RequestError(400, "The end of the body is in doubt: chunked goes last, without a length, in HTTP/1.1.")
+            raise RequestError(400, "The body's end is in doubt: chunked goes last, without a length, in HTTP/1.1.")
         if codings != ["chunked"]:
             raise RequestError(501, "The only transfer coding supported is chunked.")
         return CHUNKED
