@@ -62,7 +62,7 @@ __version__ = "2.0"
 log = logging.getLogger("echobot")
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Clock = Callable[[], float]
-Wait = Callable[[threading.Event, float], bool]
+Wait = Callable[[threading.Event, float], bool]  # as threading.Event.wait, and a test's own
 
 
 # ---- What the bot says: make this yours ----------------------------------------------------------------------------
@@ -145,7 +145,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # refused below
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -681,7 +681,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Prepare for the first request, whose time begins with the connection."""
         super().setup()
         self.limits = self.server.limits
-        self.until: Optional[float] = self.server.clock() + self.limits.request
+        self.until: Optional[float] = self.server.clock() + self.limits.request  # None after the first request
         self.turn = contextlib.ExitStack()  # among the large bodies
         self.server.set_deadline(self, self.limits.request, self.refuse_late, idle=True, first=True)
 
