@@ -511,7 +511,7 @@ def parse_response(response: Any) -> Dict[str, Any]:
     reason = "HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % response.status
     if known:  # Graph's own message may quote the token
         reason = "code %s, subcode %s: %s (fbtrace_id %s)" % (
-            error["code"], error.get("error_subcode", "none"), MEANINGS.get(error["code"], "see Meta's list of error codes"),
+            error["code"], error.get("error_subcode", "none"), MEANINGS.get(error["code"], "see Meta's error codes"),
             error.get("fbtrace_id"))
     passing = response.status >= 500 or response.status == 429
     if known and not (passing or error.get("is_transient") or error["code"] in TEMPORARY_CODES):
