@@ -267,6 +267,7 @@ class BotTest(Client, unittest.TestCase):
         bot = echobot.make_server(settings, limits, reply, opener, **times)
         bot.graph, bot.left = graph, None
         threading.Thread(target=bot.serve_forever, args=(0.01,), daemon=True).start()
+        self.addCleanup(self.until, lambda: not bot.outbox.pending)  # else its log would reach the next test
         self.addCleanup(self.stop, bot)
         return bot
 
