@@ -25,7 +25,7 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-A reply is sent at least once; twice only if Graph accepted it without saying so, or another process got it too.
+Except in a long outage, a reply is sent at least once; the README says when it may be sent twice.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
