@@ -25,21 +25,21 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-Except in a long outage, a reply is sent at least once; the README says when it may be sent twice.
+So a reply is sent at least once, save in a long outage.  It is sent twice only if Graph accepted it without saying so,
+or if its delivery is redelivered to another process.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
 import _thread
 import argparse
-import bisect
 import collections
 import contextlib
+import email.utils
 import functools
 import hashlib
 import hmac
 import http.client
 import http.server
-import itertools
 import json
 import logging
 import os
@@ -56,13 +56,13 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Set, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Clock = Callable[[], float]
-Wait = Callable[[threading.Event, float], bool]  # as threading.Event.wait, and a test's own
+Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; in a test, time passes at its word
 
 
 # ---- What the bot says: make this yours ----------------------------------------------------------------------------
@@ -209,7 +209,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError
 
 
 def parse_object(raw: bytes) -> Dict[str, Any]:
-    """Return the JSON object that `raw` is in UTF-8; raise RequestError if it is none, or is nested too deep."""
+    """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deep."""
     try:
         value = STRICT_JSON.decode(raw.decode("utf-8"))
     except (ValueError, RecursionError):
@@ -227,23 +227,27 @@ class PendingReply:
         self.recipient = recipient  # the event's sender
         self.mid = mid              # Messenger's name of the event, for the log; may be empty
         self.message = message      # what `reply` gets
-        self.previous: Optional[PendingReply] = None  # the last one to the same person, which goes first
+        self.previous: Optional[PendingReply] = None  # the one before it to the same person, which goes first
         self.status = 503           # once done: 200 if settled, 500 if `reply` raised, 503 if given up
         self.done = threading.Event()
 
 
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
-    replies, errors = [], []
-    for entry in as_list(delivery.get("entry")) if delivery.get("object", "page") == "page" else []:
+    replies: List[PendingReply] = []
+    errors: List[str] = []
+    if delivery.get("object", "page") != "page":
+        return replies, errors
+    for entry in as_list(delivery.get("entry")):
         page = identity(entry)
         for event in as_list(entry.get("messaging")) if isinstance(entry, dict) else [None]:
             try:
-                owed = reply_owed(page, event)
+                reply = reply_owed(page, event)
             except ValueError as error:
                 errors.append(str(error))
             else:
-                replies += [owed] if owed else []
+                if reply:
+                    replies.append(reply)
     return replies, errors
 
 
@@ -289,15 +293,21 @@ def pieces(text: str) -> List[str]:
     A cut is made after white space in the second half of a piece, else between characters, else where it must be.
     """
     result = []
-    while len(text) > TEXT_UNITS // 2:  # no character has more than two units
-        units = list(itertools.accumulate(2 if c > "\uffff" else 1 for c in text[:TEXT_UNITS]))
-        half, most = bisect.bisect_right(units, TEXT_UNITS // 2), bisect.bisect_right(units, TEXT_UNITS)
-        after_space = [at for at in range(most, half, -1) if text[at - 1].isspace()]
-        cuts = (at for at in (*after_space, *range(most, 0, -1)) if not inside_character(text, at))
-        end = most if most == len(text) else next(cuts, most)
+    while text:
+        end = fitting(text, TEXT_UNITS)
+        if end < len(text):
+            half = fitting(text, TEXT_UNITS // 2)
+            cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
+            end = ([at for at in cuts if at > half and text[at - 1].isspace()] or cuts)[-1]
         result.append(text[:end])
         text = text[end:]
-    return result + [text] if text else result
+    return result
+
+
+def fitting(text: str, units: int) -> int:
+    """Return how many characters of `text` fit into so many UTF-16 code units."""
+    encoded = text[:units].encode("utf-16-le", "replace")
+    return len(encoded[:2 * units].decode("utf-16-le", "ignore"))  # without a character that is cut in two
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
@@ -311,7 +321,7 @@ def inside_character(text: str, at: int) -> bool:
     if after in FLAG_LETTERS:  # a flag is two of them
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
     return (unicodedata.category(after) in ("Mn", "Mc", "Me")
-            or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"
+            or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"  # skin tones, tags
             or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
 
 
@@ -319,12 +329,19 @@ def inside_character(text: str, at: int) -> bool:
 # They read header fields with the parser for e-mail, which accepts what RFC 9112 has a server refuse, and is slow.
 
 CHUNKED = -1
-TOKEN = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % TOKEN)
-FIELD = re.compile(r"(%s):[ \t]*([\t -~\x80-\xff]*?)[ \t]*\r?\n" % TOKEN)
+CLOSE = "Connection: close\r\n"
+NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
+FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r?\n" % NAME)
 AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
 HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
+TEXTS = {  # what an answer says unless there is more to say
+    200: "ok",
+    408: "The request did not arrive whole in time.",
+    500: "Internal error. Please retry.",
+    503: "The replies are not settled yet. Please retry.",
+}
 
 
 def read_fields(file: Any) -> Dict[str, str]:
@@ -341,8 +358,8 @@ def read_fields(file: Any) -> Dict[str, str]:
         match = FIELD.fullmatch(line.decode("latin-1"))
         if match is None:
             raise RequestError(400, "A header field is malformed or cut off.")
-        name, value = match.group(1).lower(), match.group(2)
-        fields[name] = fields[name] + ", " + value if name in fields else value  # two lengths are none
+        name, value = match.group(1).lower(), match.group(2).strip(" \t")
+        fields[name] = fields[name] + ", " + value if name in fields else value  # so a length given twice is malformed
 
 
 def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
@@ -359,9 +376,18 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
         return None
     if not re.fullmatch("[0-9]+", length):
         raise RequestError(400, "Content-Length is not a decimal number, or is given twice.")
-    if float(length) > BODY_BYTES:  # not int, which refuses thousands of digits
+    if len(length) > 10 or int(length) > BODY_BYTES:  # int refuses thousands of digits
         raise RequestError(413, "The body is longer than 1 MiB.")
-    return int(float(length))
+    return int(length)
+
+
+def encode_answer(status: int, text: str, fields: str) -> Tuple[bytes, bytes]:
+    """Return the head and the body of an answer; `fields` are further lines of the head."""
+    body = text.encode("utf-8", "replace")
+    head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
+            "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s\r\n")
+    return (head % (status, http.client.responses[status], email.utils.formatdate(usegmt=True),
+                    len(body), fields)).encode(), body
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -369,13 +395,11 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
 class TemporaryError(Exception):
     """A call that failed and may succeed when retried."""
 
-    retry_after = 0.0  # s, if the server said so
+    retry_after = 0.0  # s, if Graph said so
 
 
 class PermanentError(Exception):
     """Graph's refusal of a call."""
-
-    error: Dict[str, Any] = {}  # in Graph's words
 
 
 TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
@@ -392,11 +416,40 @@ MEANINGS: Dict[Any, str] = {
 }
 
 
-class Response(http.client.HTTPResponse):
-    """An answer, read as http.client does, but for two things.
+def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict[str, Any]:
+    """Return Graph's answer; raise TemporaryError or PermanentError if it has not done what was asked."""
+    try:
+        answer = parse_object(body)
+    except RequestError:
+        answer = {"error": None}
+    if status == 200 and "error" not in answer:
+        return answer
+    error: Any = answer.get("error")
+    if not isinstance(error, dict) or not isinstance(error.get("code"), int):
+        failure = TemporaryError("HTTP status %d, and not from Graph: check GRAPH_URL and the proxy" % status)
+    elif status >= 500 or status == 429 or error.get("is_transient") or error["code"] in TEMPORARY_CODES:
+        failure = TemporaryError(explain(error))
+    else:
+        raise PermanentError(explain(error))
+    if re.fullmatch("[0-9]{1,6}", headers.get("retry-after", "")):
+        failure.retry_after = float(headers["retry-after"])
+    raise failure
 
-    `read_fields` parses its header fields.  And its buffer stays open until `close`, for what came beyond the answer
-    would vanish with it, and the connection look unused.
+
+def explain(error: Mapping[str, Any]) -> str:
+    """Return what Graph's error means and what to do; not Graph's own message, which may quote the token."""
+    meaning = MEANINGS.get(error["code"], "see Meta's error codes")
+    if "appsecret_proof" in str(error.get("message")):
+        meaning = "APP_SECRET is another app's than the token: copy both from the same app"
+    return "code %s, subcode %s: %s (fbtrace_id %s)" % (
+        error["code"], error.get("error_subcode", "none"), meaning, error.get("fbtrace_id"))
+
+
+class Response(http.client.HTTPResponse):
+    """An answer, read as http.client reads it, but for two things.
+
+    `read_fields` reads its header fields.  And its buffer is kept at its end: what is left there came beyond the end,
+    and the connection must not be used again.
     """
 
     body = b""
@@ -415,7 +468,7 @@ class Response(http.client.HTTPResponse):
         self.length = 0 if status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
         self.will_close = self.length is None and not self.chunked or self._check_close()  # type: ignore[attr-defined]
 
-    def _close_conn(self) -> None:
+    def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
 
     def close(self) -> None:
@@ -423,28 +476,38 @@ class Response(http.client.HTTPResponse):
         super().close()
         self.buffer.close()
 
-    def is_spent(self, sock: socket.socket) -> bool:
-        """Return whether the connection is closed, or has more to read; without waiting."""
+    def is_last(self, sock: socket.socket) -> bool:
+        """Return whether nothing came behind it, nor the end of the connection; without waiting."""
         timeout = sock.gettimeout()
         sock.settimeout(0)
         try:
-            return self.buffer.read(1) is not None
+            return self.buffer.read(1) is None
         except ssl.SSLWantReadError:
-            return False
-        except OSError:
             return True
+        except OSError:
+            return False
         finally:
             sock.settimeout(timeout)
 
 
-class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https URLs as urllib does, over connections that it keeps open."""
+class KeepAliveHandler(urllib.request.HTTPHandler):
+    """Opens http and https URLs as urllib's own handlers do, over connections that it keeps open."""
+
+    https_request = urllib.request.HTTPHandler.http_request
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
-        super().__init__(context=ssl.create_default_context())
+        super().__init__()
         self.limits, self.clock = limits, clock
-        self.lock = threading.Lock()
-        self.idle: List[Tuple[Any, float, http.client.HTTPConnection, Response]] = []  # the one last used is last
+        self.lock = threading.Lock()  # over the next two
+        self.context: Optional[ssl.SSLContext] = None
+        # By type, host and tunnel: since when each has been idle, with its last response; the one last used is last
+        self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
+
+    def https_open(self, req: urllib.request.Request) -> Any:
+        """Return the Response to an https request; the first one reads the certificates: 20 ms, and 1.5 MB."""
+        with self.lock:
+            self.context = self.context or ssl.create_default_context()
+        return self.do_open(http.client.HTTPSConnection, req, context=self.context)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
         """Return the Response to `req`, read whole; raise OSError or http.client.HTTPException if there is none."""
@@ -462,7 +525,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             data: Any = req.data or b""
-            connection.send(head.encode("latin-1") + data)  # one write, where `request` makes two
+            connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
             response = Response(connection.sock, method=req.get_method())
             stack.callback(response.close)
             response.begin()
@@ -470,21 +533,23 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             if response.length:
                 raise http.client.IncompleteRead(response.body, response.length)
             with self.lock:
-                if response.isclosed() and not response.will_close and len(self.idle) < self.limits.idle_calls:
-                    self.idle.append((key, self.clock(), connection, response))
-                    stack.pop_all()
+                if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
+                    self.idle[key].append((self.clock(), connection, response))
+                    stack.pop_all()  # so neither is closed
         return response
 
     def take(self, key: Any) -> Any:
-        """Return the connection last used, or None if it has another key; `send` opens it anew if it is spent."""
-        with self.lock:
-            if not self.idle or self.idle[-1][0] != key:
-                return None
-            _, since, connection, response = self.idle.pop()
-        if self.clock() - since >= self.limits.unused or response.is_spent(connection.sock):
+        """Return the idle connection last used that is still good, or None."""
+        while True:
+            with self.lock:
+                if not self.idle[key]:
+                    return None
+                since, connection, response = self.idle[key].pop()
+            good = self.clock() - since < self.limits.unused and response.is_last(connection.sock)
+            response.close()
+            if good:
+                return connection
             connection.close()
-        response.close()
-        return connection
 
 
 def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = None,
@@ -496,37 +561,6 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
     for handler in urllib.request.ProxyHandler(proxies), keep_alive, unknown:
         opener.add_handler(handler)
     return opener
-
-
-def parse_response(response: Any) -> Dict[str, Any]:
-    """Return Graph's answer; raise TemporaryError or PermanentError if it has not done what was asked."""
-    try:
-        answer = parse_object(response.body)
-    except ValueError:
-        answer = {"error": None}
-    if response.status == 200 and "error" not in answer:
-        return answer
-    error: Any = answer.get("error")
-    known = isinstance(error, dict) and isinstance(error.get("code"), int)
-    reason = "HTTP status %d, and the answer is not Graph's: check GRAPH_URL and the proxy" % response.status
-    if known:  # Graph's own message may quote the token
-        reason = "code %s, subcode %s: %s (fbtrace_id %s)" % (
-            error["code"], error.get("error_subcode", "none"), MEANINGS.get(error["code"], "see Meta's error codes"),
-            error.get("fbtrace_id"))
-    passing = response.status >= 500 or response.status == 429
-    if known and not (passing or error.get("is_transient") or error["code"] in TEMPORARY_CODES):
-        refusal = PermanentError(reason)
-        refusal.error = error
-        raise refusal
-    failure = TemporaryError(reason)
-    if re.fullmatch("[0-9]{1,6}", response.headers.get("retry-after", "")):
-        failure.retry_after = float(response.headers["retry-after"])
-    raise failure
-
-
-def describe(error: Exception) -> str:
-    """Return why there is no answer, and nothing of what came instead: it may quote the token."""
-    return str(error) if isinstance(error, OSError) else type(error).__name__
 
 
 class Graph:
@@ -541,34 +575,46 @@ class Graph:
 
     def call(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
         """Return Graph's answer; raise TemporaryError or PermanentError if it did not do what was asked."""
+        url = "%s%s%s%s" % (self.url, path, "&" if "?" in path else "?", self.credentials)
         body = None if content is None else json.dumps(content).encode()
-        request = urllib.request.Request(self.url + path + self.credentials, body, {"Content-Type": "application/json"})
         try:
-            return parse_response(self.opener.open(request, timeout=self.timeout))
+            response = self.opener.open(urllib.request.Request(url, body, {"Content-Type": "application/json"}),
+                                        timeout=self.timeout)
         except (OSError, http.client.HTTPException, ValueError) as error:
-            raise TemporaryError("no answer from Graph (%s)" % describe(error)) from error
+            raise TemporaryError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
+                                 % describe(error)) from error
+        return parse_response(response.status, response.headers, response.body)
+
+
+def describe(error: Exception) -> str:
+    """Return why there is no answer, and nothing of what came instead: it may quote the token."""
+    return str(error) if isinstance(error, OSError) else type(error).__name__
 
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
-NEVER = float("inf"), float("-inf")
-
-
 class Outbox:
-    """Sends each reply until it is settled or given up, in the threads of the deliveries that owe it."""
+    """Sends the replies, in the threads of the deliveries that owe them.
+
+    A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), given up after a
+    minute of temporary failures, or known to be impossible because `reply` raised.  Only settled ones are remembered.
+    """
 
     def __init__(self, reply: Reply, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
         self.reply, self.graph, self.limits, self.clock, self.wait = reply, graph, limits, clock, wait
-        self.lock = threading.Lock()                        # over the next three
-        self.pending: Dict[bytes, PendingReply] = {}        # by key
-        self.last: Dict[str, PendingReply] = {}             # of those pending to a person, by the person's id
+        self.lock = threading.Lock()  # over all that follows but the last two
+        self.pending: Dict[bytes, PendingReply] = {}  # by key
+        self.last: Dict[str, PendingReply] = {}       # of those pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
+        self.failing_since = self.failed_at = float("-inf")  # when a series of nothing but failures began, and ended
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.failing = NEVER  # when Graph first and last failed, since it last did not
-        self.stopped = threading.Event()                    # ends the pauses between retries
+        self.stopped = threading.Event()              # ends the pauses between retries
 
     def settle(self, owed: Sequence[PendingReply]) -> int:
-        """Return 200 once the replies are settled, 500 if `reply` raised, 503 if one is given up or not in time."""
+        """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, or late_status().
+
+        Those that are pending already, for another delivery of the same events, are waited for until the deadline.
+        """
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
         lines: Dict[str, List[PendingReply]] = {}
@@ -578,27 +624,35 @@ class Outbox:
                     unsettled.setdefault(reply.key, self.pending.get(reply.key, reply))
             new = [reply for key, reply in unsettled.items() if key not in self.pending]
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
-                return 503
+                return self.late_status()
             for reply in new:  # all at once, or else another delivery could overtake
                 self.pending[reply.key] = reply
                 reply.previous = self.last.get(reply.recipient)
                 self.last[reply.recipient] = reply
                 lines.setdefault(reply.recipient, []).append(reply)
-        self.send_lines(*lines.values())
+        self.send_lines(list(lines.values()))
         for reply in unsettled.values():
             self.wait(reply.done, until - self.clock())
-        return max([reply.status for reply in unsettled.values()], default=200)
+        status = max([reply.status for reply in unsettled.values()], default=200)
+        return self.late_status() if status == 503 else status
 
-    def send_lines(self, *lines: Sequence[PendingReply]) -> None:
-        """Send one person's replies in this thread, and each further person's in a thread of its own if it can."""
-        most = self.limits.calls
-        mine = [reply for line in (*lines[:1], *lines[most:]) for reply in line]
-        for line in lines[1:most]:
+    def late_status(self) -> int:
+        """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
+        now = self.clock()
+        if now - self.failing_since < self.limits.outage or now - self.failed_at >= self.limits.outage:
+            return 503
+        log.error("answering 200 although replies are unsent: Graph has failed for %d s", now - self.failing_since)
+        return 200
+
+    def send_lines(self, lines: Sequence[Sequence[PendingReply]]) -> None:
+        """Send each person's line of replies: the first in this thread, the others in threads of their own, if any."""
+        mine = [*lines[:1], *lines[self.limits.calls:]]
+        for line in lines[1:self.limits.calls]:
             try:
-                _thread.start_new_thread(self.send_lines, (line,))
-            except RuntimeError:
-                mine.extend(line)
-        for reply in mine:
+                _thread.start_new_thread(self.send_lines, ([line],))
+            except RuntimeError:  # there is no thread to be had
+                mine.append(line)
+        for reply in [reply for line in mine for reply in line]:
             if reply.previous:
                 reply.previous.done.wait()
             self.send(reply)
@@ -609,12 +663,7 @@ class Outbox:
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
-            began = self.clock()
-            for piece in pieces(text):
-                self.send_piece(owed, piece, began + self.limits.retry)
-            if text and self.graph:
-                log.info("replied to %s, mid %s: %d characters, %d ms",
-                         owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
+            self.send_text(owed, text)
             owed.status = 200
         except TemporaryError as failure:
             log.error("gave up the reply to %s, mid %s: %s", owed.recipient, owed.mid, failure)
@@ -625,87 +674,229 @@ class Outbox:
             owed.status = 500
             log.exception("reply failed for %s, mid %s", owed.recipient, owed.mid)
         finally:
-            with self.lock:
-                del self.pending[owed.key]
-                if self.last[owed.recipient] is owed:
-                    del self.last[owed.recipient]
-                if owed.status == 200:
-                    self.settled[owed.key] = None
-                    if len(self.settled) > self.limits.settled:
-                        self.settled.popitem(last=False)
-            owed.previous = None  # or a person's replies would hold each other in memory for ever
-            owed.done.set()
+            self.end(owed)
 
-    def send_piece(self, owed: PendingReply, piece: str, until: float) -> None:
+    def end(self, owed: PendingReply) -> None:
+        """Let who waits for a reply go on, and remember the reply if it is settled."""
+        with self.lock:
+            del self.pending[owed.key]
+            if self.last[owed.recipient] is owed:
+                del self.last[owed.recipient]
+            if owed.status == 200:
+                self.settled[owed.key] = None
+                if len(self.settled) > self.limits.settled:
+                    self.settled.popitem(last=False)
+        owed.previous = None  # or a person's replies would hold each other in memory for ever
+        owed.done.set()
+
+    def send_text(self, owed: PendingReply, text: str) -> None:
+        """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
+        began = self.clock()
+        for piece in pieces(text):
+            if self.graph:
+                self.send_piece(self.graph, owed, piece, began + self.limits.retry)
+            else:
+                log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, piece)
+        if text and self.graph:
+            log.info("replied to %s, mid %s: %d characters, %d ms",
+                     owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
+
+    def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
         """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
-        if self.graph is None:
-            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, piece)
-        while self.graph:
+        while True:
             try:
                 with self.calls:
-                    self.graph.call("/me/messages?", content)
-                self.failing = NEVER
+                    graph.call("/me/messages", content)
+                self.failed_at = float("-inf")
                 return
             except PermanentError:
-                self.failing = NEVER
+                self.failed_at = float("-inf")
                 raise
             except TemporaryError as failure:
-                (first, last), now = self.failing, self.clock()
-                self.failing = first if now - last < self.limits.outage else now, now  # as long without a call: a break
-                seconds = min(max(pause * random.uniform(0.5, 1), failure.retry_after), until - now)
+                now = self.clock()
+                if now - self.failed_at >= self.limits.outage:  # after a success, or as long without a call
+                    self.failing_since = now
+                self.failed_at = now
+                left = until - now
+                seconds = min(max(pause * random.uniform(0.5, 1), failure.retry_after), left)
+                if left <= 0 or self.stopped.is_set():
+                    raise
                 log.warning("Graph failed; retrying the reply to %s, mid %s, in %.1f s: %s",
                             owed.recipient, owed.mid, seconds, failure)
-                if self.wait(self.stopped, seconds) or self.clock() >= until:
-                    raise
+                self.wait(self.stopped, seconds)
                 pause = min(2 * pause, self.limits.longest_pause)
 
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
+class Deadline(NamedTuple):
+    """How long a connection may stay as it is."""
+
+    when: float         # by the clock
+    status: int         # to answer then; 0 if nothing is owed
+    idle: bool = False  # whether it waits for a next request, so that nothing is lost if it is closed
+
+
+class Bot(http.server.ThreadingHTTPServer):
+    """The webhook's server: a thread for each connection, with one deadline at a time.
+
+    Before each step a connection's thread sets a new deadline (`set_deadline`).  When one is over, the accept loop
+    ends the connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and
+    writes nothing any more.  So a request is answered once, by whoever comes first.  Time-outs of the sockets would
+    not do: they begin anew with each byte, and the thread of a late delivery is not reading.
+    """
+
+    request_queue_size = BACKLOG
+    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port,
+    allow_reuse_port = False                  # and so would this
+
+    def __init__(self, settings: Settings, limits: Limits, outbox: Outbox, clock: Clock) -> None:
+        self.address_family, _, _, _, address = socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
+        self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
+        self.large = threading.BoundedSemaphore(limits.large)
+        self.lock = threading.Lock()  # over the next two, and while a connection is ended
+        self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}  # of each open connection; None: it is ended
+        self.stopping = False         # from then on no connection may be idle
+
+    def server_bind(self) -> None:
+        """Bind, `::` for IPv4 as well; without the DNS look-up of the host's name that HTTPServer makes."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
+        socketserver.TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.socket.getsockname()[:2]
+
+    def serve_forever(self, poll_interval: float = TICK) -> None:
+        """Serve until `shutdown`, on one processor: threads that take turns do nearly twice as much there as on two."""
+        with contextlib.suppress(AttributeError, OSError):  # only Linux has it: for this thread and those it starts
+            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
+        super().serve_forever(poll_interval)
+
+    def get_request(self) -> Tuple[socket.socket, Any]:
+        """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
+        if len(self.deadlines) >= self.limits.connections:
+            with self.lock:
+                for connection in self.idle_connections()[:1]:
+                    self.end(connection)
+                    del self.deadlines[connection]
+        try:
+            if len(self.deadlines) >= self.limits.connections:
+                raise OSError("no place")
+            connection, address = super().get_request()
+        except OSError:
+            time.sleep(TICK)  # or the loop would spin
+            raise
+        with self.lock:
+            self.deadlines[connection] = Deadline(self.clock() + self.limits.request, 408)
+        return connection, address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start a connection's thread.  Thread.start would wait for it: for ever, where memory runs out."""
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+
+    def set_deadline(self, connection: socket.socket, seconds: float, status: int = 0, idle: bool = False) -> bool:
+        """Replace a connection's deadline; return False if that is over, or if it may not become idle any more."""
+        with self.lock:
+            if not self.deadlines.get(connection) or idle and self.stopping:
+                return False
+            del self.deadlines[connection]  # so that the last one set is the last
+            self.deadlines[connection] = Deadline(self.clock() + seconds, status, idle)
+            return True
+
+    def idle_connections(self) -> List[socket.socket]:
+        """Return the idle connections, the one that has been idle longest first."""
+        return [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
+
+    def service_actions(self) -> None:
+        """End the connections whose deadline is over; the accept loop calls this in each turn."""
+        now = self.clock()
+        with self.lock:
+            for connection, deadline in list(self.deadlines.items()):
+                if deadline and deadline.when <= now:
+                    self.end(connection)
+
+    def end(self, connection: socket.socket) -> None:
+        """End a connection, with the answer that it is owed if that can be sent without waiting."""
+        deadline, self.deadlines[connection] = self.deadlines[connection], None
+        late = deadline is not None and deadline.status == 503
+        with contextlib.suppress(OSError):  # such as: the client does not read
+            if deadline and deadline.status:
+                status = self.outbox.late_status() if late else deadline.status
+                connection.setblocking(False)
+                connection.send(b"".join(encode_answer(status, TEXTS[status], CLOSE)))
+        with contextlib.suppress(OSError):  # the client is gone
+            connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
+        if late:  # that thread is sending: `close` would leave the file open as long as it does
+            del self.deadlines[connection]
+            socket.close(connection.detach())
+
+    def close_request(self, request: Any) -> None:
+        """Close a connection, and give its place to another."""
+        request.close()
+        with self.lock:
+            self.deadlines.pop(request, None)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log why a connection is closed, such as for want of a thread."""
+        if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
+            log.error("closed a connection without an answer: %r", sys.exc_info()[1])
+
+    def drain(self) -> int:
+        """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
+        until = self.clock() + self.limits.drain
+        self.server_close()
+        with self.lock:
+            self.stopping = True
+            for connection in self.idle_connections():
+                self.end(connection)
+        while (self.deadlines or self.outbox.pending) and self.clock() < until:
+            self.service_actions()
+            time.sleep(TICK)
+        self.outbox.stopped.set()
+        return len(self.outbox.pending)
+
+
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    """Reads a client's requests and answers them, in one thread."""
+    """Reads the requests of a connection and answers them, in its thread."""
 
-    protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
     rfile: Any
     raw_requestline: bytes
-    command = path = query = ""
 
-    def setup(self) -> None:
-        """Prepare for the first request, whose time begins with the connection."""
-        super().setup()
+    def handle(self) -> None:
+        """Answer one request after another; the first one's time began with the connection."""
         self.limits = self.server.limits
-        self.until: Optional[float] = self.server.clock() + self.limits.request  # None after the first request
-        self.turn = contextlib.ExitStack()  # among the large bodies
-        self.server.set_deadline(self, self.limits.request, self.refuse_late, idle=True, first=True)
+        self.handle_one_request()
+        while (not self.close_connection
+               and self.server.set_deadline(self.connection, self.limits.idle, idle=True)
+               and self.rfile.peek(1)
+               and self.server.set_deadline(self.connection, self.limits.request, 408)):
+            self.handle_one_request()
 
     def handle_one_request(self) -> None:
-        """Wait for a request, and answer it, whatever happens."""
-        self.close_connection = True  # until a request has been read whole, it is in doubt where it ends
+        """Answer a request, whatever happens."""
+        self.close_connection = True  # until the request has been read whole, it is in doubt where it ends
         self.command = self.path = ""
-        try:
-            if self.rfile.peek(1):
-                seconds = self.until - self.server.clock() if self.until else self.limits.request
-                if self.server.set_deadline(self, seconds, self.refuse_late):
-                    super().handle_one_request()
-        except RequestError as error:
-            self.send_error(*error.args)
-        except OSError:  # the client is gone
-            self.close_connection = True
-        except Exception:
-            log.exception("a bug in %s %s", self.command, self.path)
-            self.send_error(500, "Internal error. Please retry.")
-        finally:
-            self.turn.close()
+        with contextlib.ExitStack() as self.turn:  # among the large bodies
+            try:
+                super().handle_one_request()
+            except RequestError as error:
+                self.send_error(*error.args)
+            except OSError:  # the client is gone
+                self.close_connection = True
+            except Exception:
+                log.exception("a bug in %s %s", self.command, self.path)
+                self.send_error(500, TEXTS[500])
 
     def parse_request(self) -> bool:
-        """Read the request, its body included; return whether there is still time to answer it."""
+        """Read the request, its body included, and return True; raise RequestError if it is refused."""
         line = self.raw_requestline
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
@@ -720,14 +911,13 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # HTTP/1.0 may do without
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
-        self.until = None
         keep = version and not self.server.stopping and "close" not in self.fields.get("connection", "").lower()
         self.close_connection = not keep
         if self.path not in METHODS:
             raise RequestError(404, "There is nothing here.")
         if self.command not in METHODS[self.path].split(", "):
             raise RequestError(405, "This method does nothing here.")
-        return self.server.set_deadline(self, self.limits.answer, self.answer_late)
+        return True
 
     def read_body(self, version: int) -> bytes:
         """Return the body of the request; trailer fields behind a chunked one are read, and not needed here."""
@@ -756,10 +946,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def read(self, size: int, before: int = 0) -> bytes:
         """Return so many bytes of a body; if they make it a large one, after those `before`, when it is its turn."""
         if before <= LARGE_BYTES < before + size:
-            if not self.server.large.acquire(timeout=self.limits.request):
-                raise RequestError(503, "Too many large bodies at once. Please retry.")
-            self.turn.callback(self.server.large.release)
-        data: bytes = self.rfile.read(size) or b""
+            self.turn.enter_context(self.server.large)
+        data: bytes = self.rfile.read(size) or b""  # None if the connection was ended meanwhile
         if len(data) < size:
             raise RequestError(400, "The request is cut off.")
         return data
@@ -776,186 +964,54 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a delivery 200 when every reply that it owes is settled."""
+        if not self.server.set_deadline(self.connection, self.limits.answer, 503):
+            return
         if self.server.settings.app_secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
+        self.body = b""
         self.turn.close()
         if errors:
             log.warning("skipped %d malformed events of a delivery; the first: %s", len(errors), errors[0])
-        answers = {200: (200, "ok"), 500: (500, "Internal error. Please retry.")}
-        self.respond(*answers.get(self.server.outbox.settle(replies)) or self.server.unsettled())
+        status = self.server.outbox.settle(replies)
+        self.respond(status, TEXTS[status])
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """Answer a request that is refused, and log the reason."""
+        """Refuse a request, and log the reason."""
         message = message or http.client.responses[code]
-        if self in self.server.deadlines:  # else it has been answered 408 meanwhile
-            log.log(logging.WARNING if code == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
-                    self.command or "a request", self.path, self.client_address[0], code, explain or message)
-        self.respond(code, message)
+        self.respond(code, message, explain or message)
 
-    def respond(self, status: int, text: str) -> None:
-        """Answer the request, in one write, unless its deadline has done so."""
-        if self.server.set_deadline(self, self.limits.linger, self.cut_off):
-            self.wfile.write(self.encode(status, text))
-        if not self.server.set_deadline(self, self.limits.idle, self.cut_off, idle=not self.close_connection):
-            self.close_connection = True
-
-    def encode(self, status: int, text: str) -> bytes:
-        """Return the bytes of an answer."""
-        body = text.encode("utf-8", "replace")
-        allow = "Allow: %s\r\n" % METHODS[self.path] if status == 405 else ""
-        close = "Connection: close\r\n" if self.close_connection else ""
-        head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
-                "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s%s\r\n" % (
-                    status, http.client.responses[status], self.date_time_string(), len(body), allow, close))
-        return head.encode() + (b"" if self.command == "HEAD" else body)
-
-    def answer_late(self) -> None:
-        """Answer a delivery that is not settled in time, and free its place, while its thread goes on sending."""
-        self.cut_off(*self.server.unsettled())
-        self.rfile.close()  # a socket's file stays open as long as this does
-        self.server.close_request(self.connection)
-
-    def refuse_late(self) -> None:
-        """Refuse a request that is not whole in time."""
-        self.cut_off(408, "The request did not arrive whole within %g s." % self.limits.request)
-
-    def cut_off(self, status: int = 0, text: str = "") -> None:
-        """End the connection, after an answer if that can be sent without waiting; its thread's reading ends."""
-        self.close_connection = True
-        with contextlib.suppress(OSError):
-            if status:
-                self.connection.setblocking(False)
-                self.connection.send(self.encode(status, text))
-            self.connection.shutdown(socket.SHUT_RDWR)
+    def respond(self, status: int, text: str, refusal: str = "") -> None:
+        """Answer the request, in one write, unless it was answered at its deadline."""
+        if not self.server.set_deadline(self.connection, self.limits.linger):
+            return
+        if refusal:
+            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
+                    self.command or "a request", self.path, self.client_address[0], status, refusal)
+        fields = CLOSE if self.close_connection else ""
+        if status == 405:
+            fields += "Allow: %s\r\n" % METHODS[self.path]
+        head, body = encode_answer(status, text, fields)
+        self.wfile.write(head if self.command == "HEAD" else head + body)
 
     def finish(self) -> None:
         """Close the connection, after reading on: to close on unread input would reset it and lose the last answer."""
-        if self.server.set_deadline(self, self.limits.linger, self.cut_off):
+        if self.server.set_deadline(self.connection, self.limits.linger):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(LARGE_BYTES):
                     pass
-        with self.server.lock:
-            self.server.deadlines.pop(self, None)
         super().finish()
 
 
-class Bot(http.server.ThreadingHTTPServer):
-    """The webhook's server: a thread for each connection, within limits."""
-
-    request_queue_size = BACKLOG
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port
-
-    def __init__(self, settings: Settings, limits: Limits = Limits(), reply: Reply = reply,
-                 opener: Optional[urllib.request.OpenerDirector] = None,
-                 clock: Clock = time.monotonic, wait: Wait = threading.Event.wait) -> None:
-        """Bind, and do not start; raise OSError if that fails."""
-        self.address_family, _, _, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
-        self.settings, self.limits, self.clock = settings, limits, clock
-        self.opener = opener or make_opener(limits, clock=clock)
-        graph = Graph(settings, self.opener, limits.graph) if settings.page_access_token else None  # None on a dry run
-        self.outbox = Outbox(reply, graph, limits, clock, wait)
-        # When to do what with each connection, and whether it is idle: time-outs of sockets would not stop who drips
-        self.deadlines: Dict[WebhookHandler, Tuple[float, Callable[[], None], bool]] = {}  # the one last set is last
-        self.lock = threading.Lock()  # over them, and while they are acted on, which never waits
-        self.stopping = False         # from then on no connection is to wait for a request
-        self.large = threading.BoundedSemaphore(limits.large)
-        self.open: Set[socket.socket] = set()  # the connections
-        self.place = threading.Condition()     # for another one
-
-    def server_bind(self) -> None:
-        """Bind, `::` for IPv4 as well; without the DNS look-up of the host's name that HTTPServer makes."""
-        if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
-
-    def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`, on one processor: threads that take turns do nearly twice as much there as on two."""
-        with contextlib.suppress(AttributeError, OSError):  # only Linux has it: for this thread and those it starts
-            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-        super().serve_forever(poll_interval)
-
-    def set_deadline(self, handler: WebhookHandler, seconds: float, act: Callable[[], None], idle: bool = False,
-                     first: bool = False) -> bool:
-        """Have `act` called in so many seconds, and not what was set before; return False if that has been called."""
-        with self.lock:
-            if not (self.deadlines.pop(handler, None) or first) or idle and self.stopping:
-                return False
-            self.deadlines[handler] = self.clock() + seconds, act, idle
-            return True
-
-    def service_actions(self) -> None:
-        """Act on the deadlines that are over; the accept loop calls this in each turn."""
-        now = self.clock()
-        with self.lock:
-            for handler in [handler for handler, (when, _, _) in self.deadlines.items() if when <= now]:
-                self.deadlines.pop(handler)[1]()
-
-    def end_idle(self, all_of_them: bool) -> None:
-        """Act now on all idle connections, or on the one that has been idle longest since its last request."""
-        with self.lock:
-            idle = [handler for handler, (_, _, idle) in self.deadlines.items() if idle]
-            for handler in idle if all_of_them else [handler for handler in idle if not handler.until][:1]:
-                self.deadlines.pop(handler)[1]()
-
-    def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a connection; raise OSError, so that the loop tries again, if there is no place or no file for it."""
-        if len(self.open) >= self.limits.connections:
-            self.end_idle(all_of_them=False)
-        with self.place:
-            if not self.place.wait_for(lambda: len(self.open) < self.limits.connections, TICK):
-                raise OSError("no place")
-        try:
-            connection, address = super().get_request()
-        except OSError:
-            time.sleep(TICK)  # do not spin
-            raise
-        self.open.add(connection)
-        return connection, address
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread.  Thread.start would wait for it: for ever, where memory runs out."""
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
-
-    def close_request(self, request: Any) -> None:
-        """Close a connection, and give its place to another."""
-        request.close()
-        with self.place:
-            self.open.discard(request)
-            self.place.notify()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed, such as for want of a thread."""
-        if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
-            log.error("closed a connection without an answer: %r", sys.exc_info()[1])
-
-    def unsettled(self) -> Tuple[int, str]:
-        """Return the answer to a delivery whose replies are not settled: 503, so that Messenger redelivers it."""
-        (first, last), now = self.outbox.failing, self.clock()
-        if now - first >= self.limits.outage > now - last:
-            log.error("answered a delivery 200 although its replies are unsent: Graph has failed for %d s", now - first)
-            return 200, "ok"
-        return 503, "The replies are not settled yet. Please retry."
-
-    def drain(self) -> int:
-        """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
-        until = self.clock() + self.limits.drain
-        self.server_close()
-        self.stopping = True
-        self.end_idle(all_of_them=True)
-        while (self.open or self.outbox.pending) and self.clock() < until:
-            self.service_actions()
-            with self.place:
-                self.place.wait(TICK)
-        self.outbox.stopped.set()
-        return len(self.outbox.pending)
-
-
-make_server = Bot
+def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = reply,
+                opener: Optional[urllib.request.OpenerDirector] = None,
+                clock: Clock = time.monotonic, wait: Wait = threading.Event.wait) -> Bot:
+    """Return the bot, bound and not started; raise OSError if it cannot be bound."""
+    graph = None  # on a dry run
+    if settings.page_access_token:
+        graph = Graph(settings, opener or make_opener(limits, clock=clock), limits.graph)
+    return Bot(settings, limits, Outbox(reply, graph, limits, clock, wait), clock)
 
 
 # ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
@@ -1068,21 +1124,26 @@ class Chat:
         elif command.startswith("/") and not meaning:
             self.note("(unknown command %s; /help lists them)" % command)
         elif command:
-            entry: Dict[str, Any] = {"id": PAGE, "time": int(time.time() * 1000), "messaging": []}
-            for (kind, value), in map(dict.items, content):
-                self.sent += 1
-                sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
-                entry["messaging"] += [{"sender": {"id": sender}, "recipient": {"id": recipient},
-                                        "timestamp": entry["time"], kind: {"mid": "m_%d" % self.sent, **value}}]
-            self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
+            self.body = json.dumps({"object": "page", "entry": [self.entry(content)]}).encode()
             self.deliver(signed=True)
+
+    def entry(self, events: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
+        """Return an entry of a delivery: `events`, with what Messenger adds to each."""
+        now, messaging = int(time.time() * 1000), []
+        for event in events:
+            self.sent += 1
+            kind, = event
+            sender, recipient = (PAGE, PERSON) if "is_echo" in event[kind] else (PERSON, PAGE)
+            messaging.append({"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": now,
+                              kind: {"mid": "m_%d" % self.sent, **event[kind]}})
+        return {"id": PAGE, "time": now, "messaging": messaging}
 
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
         said, status = self.said, 503
         for _ in range(200):  # in a minute; Messenger goes on for an hour
-            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *map("%s: %s".__mod__, fields.items()),
+            self.show("Messenger > bot", "POST /webhook HTTP/1.1", *["%s: %s" % field for field in fields.items()],
                       self.body.decode())
             response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
             status, text = response.status, response.body.decode()
@@ -1144,19 +1205,15 @@ def check_graph(graph: Graph, report: Report) -> None:
     """Report what Graph says of the token, the secret and the subscription."""
     what = "token"
     try:
-        page = graph.call("/me?fields=id,name&")
+        page = graph.call("/me?fields=id,name")
         report(True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), "")
         what = "subscription"
-        apps = [app for app in as_list(graph.call("/me/subscribed_apps?").get("data")) if isinstance(app, dict)]
+        apps = [app for app in as_list(graph.call("/me/subscribed_apps").get("data")) if isinstance(app, dict)]
         fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
         report("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
-    except PermanentError as refusal:
-        other_app = "appsecret_proof" in str(refusal.error.get("message"))
-        report(False, what, "", "APP_SECRET is another app's than the token: copy both from the same app" if other_app
-               else str(refusal))
-    except TemporaryError as failure:
-        report(False, what, "", "%s: check GRAPH_URL, https_proxy, and this host's network" % failure)
+    except (PermanentError, TemporaryError) as failure:
+        report(False, what, "", str(failure))
 
 
 def check_webhook(settings: Settings, url: str, report: Report, call: Callable[..., Any]) -> None:
@@ -1254,18 +1311,19 @@ def run_until_signal(bot: Bot) -> int:
 
     def on_signal(number: int, frame: Any) -> None:
         signals.append(time.monotonic())
-        if signals[-1] - signals[0] > SAME_SIGNAL:
+        if len(signals) == 1:
+            _thread.start_new_thread(bot.shutdown, ())  # in a thread, for it waits for what this interrupts
+        elif signals[-1] - signals[0] > SAME_SIGNAL:
             os._exit(128 + number)  # as a shell has it
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
-    accept_loop = threading.Thread(target=bot.serve_forever, daemon=True)
-    accept_loop.start()
     announce(bot.settings, bot.server_port)
-    while not signals and accept_loop.is_alive():  # memory may run out in it
-        time.sleep(TICK)
+    try:
+        bot.serve_forever()
+    except Exception:  # such as MemoryError: the process must not live on without listening
+        log.exception("the accept loop has failed")
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
-    bot.shutdown()
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
     print(end="", flush=True)

@@ -126,10 +126,10 @@ class GraphHandler(http.server.BaseHTTPRequestHandler):
 def close_idle(opener):
     """Close the connections that `opener` keeps, which at the end of a process nobody needs to do."""
     handler, = (handler for handler in opener.handlers if isinstance(handler, echobot.KeepAliveHandler))
-    while handler.idle:
-        *_, connection, response = handler.idle.pop()
+    for _, connection, response in sum(handler.idle.values(), []):
         response.close()
         connection.close()
+    handler.idle.clear()
 
 
 def message(text="hello", mid="m_1", sender="2", **more):
@@ -263,7 +263,7 @@ class BotTest(Client, unittest.TestCase):
         times = {"clock": clock, "wait": clock.wait} if clock else {}
         opener = echobot.make_opener(limits, {}, clock) if limits.idle_calls < 64 else self.opener
         bot = echobot.make_server(settings, limits, reply, opener, **times)
-        bot.graph, bot.left = graph, None
+        bot.graph, bot.opener, bot.left = graph, opener, None
         threading.Thread(target=bot.serve_forever, args=(0.01,), daemon=True).start()
         self.addCleanup(self.until, lambda: not bot.outbox.pending)  # else its log would reach the next test
         self.addCleanup(self.stop, bot)
@@ -276,6 +276,10 @@ class BotTest(Client, unittest.TestCase):
             bot.left = bot.drain()
         close_idle(bot.opener)
         return bot.left
+
+    def deadlines(self, bot, status, idle=False):
+        """Return how many connections have such a deadline."""
+        return sum(bool(each) and each[1:] == (status, idle) for each in [*bot.deadlines.values()])
 
     def until(self, condition):
         """Wait until `condition()` holds."""
@@ -547,7 +551,7 @@ class Promise(BotTest):
 
     def joined(self, bot, number):
         """Wait until so many deliveries are being answered."""
-        self.until(lambda: [act.__name__ for _, act, _ in [*bot.deadlines.values()]].count("answer_late") == number)
+        self.until(lambda: self.deadlines(bot, 503) == number)
 
     def test_a_delivery_is_answered_200_when_graph_has_accepted_its_reply_or_refused_it_permanently(self):
         for answer, level, words in (ACCEPTED, "INFO", "replied to"), (graph_error(100), "ERROR", "code 100.*TR4CE"):
@@ -573,7 +577,7 @@ class Promise(BotTest):
         second = self.deliver_in_background(bot, delivery(message()))
         self.joined(bot, 2)
         clock.advance(1.9)
-        self.assertEqual(len(bot.open), 2)
+        self.assertEqual(len(bot.deadlines), 2)
         clock.advance(0.1)
         answer, = self.rest(first)
         self.assertEqual((answer.status, answer.fields["Connection"], second.empty()), (503, "close", True))
@@ -716,13 +720,13 @@ class Promise(BotTest):
         def late_status(number):
             status = self.deliver_in_background(bot, delivery(message(mid="m_%d" % number, sender=str(number))))
             self.joined(bot, 1)
-            self.until(lambda: bot.outbox.failing[1] == clock.now)
+            self.until(lambda: bot.outbox.failed_at == clock.now)
             clock.advance(4)
             return status.get(timeout=WAIT)
 
         too_many = delivery(*[message(mid="m_%d" % each, sender=str(each)) for each in range(90, 94)])
         self.assertEqual((late_status(10), self.deliver(bot, too_many)), (503, 503))
-        self.until(lambda: bot.outbox.failing[1] - bot.outbox.failing[0] >= 600 or clock.advance(2))
+        self.until(lambda: bot.outbox.failed_at - bot.outbox.failing_since >= 600 or clock.advance(2))
         (status, again), lines = self.logged(lambda: (late_status(11), self.deliver(bot, too_many)))
         self.assertEqual((status, again), (200, 200))
         self.assertEqual(sum("200 although" in text for level, text in lines if level == "ERROR"), 2)
@@ -915,7 +919,7 @@ REFUSED = [(status, why, request) for status, requests in {
     "a b", "a/b", "a@b", "a:b", "a:1:2", "[::1", "::1", "[x]", "a?b", "a#b", "a\\b", "<a>", "\xe9", "a\xa0")
 }, **{"line %r" % line: get("/", "A: b", line) for line in (
     "X : y", "X\t: y", " X: folded", "\tfolded", " ", "no colon", ": no name", "X\x00: y", "X: a\x00b", "X: a\x0bb",
-    "X: a\rb", "X: y\r", "X: \x7f", "X: \x1b[0m", "X: \x08", "X\x80: y", "X(y): z", "X y: z", '"X": y', "X,Y: z")
+    "X: a\rb", "X: y\r", "X:" + 8000 * " " + "\0", "X: \x7f", "X: \x1b[0m", "X: \x08", "X\x80: y", "X(y): z", "X y: z", '"X": y', "X,Y: z")
 }, **{"garbage %r" % line: ask(line, HOST) for line in (
     "\x16\x03\x01\x02", "hello", "GET", "GET /", "GET / HTTP", "GET / HTTP/1", "GET / HTTP/1.1 x", "GET / HTTP/1.10",
     "GET / HTTP/2.0", "GET  / HTTP/1.1", "GET /  HTTP/1.1", " GET / HTTP/1.1", "GET\t/ HTTP/1.1", "GET / x HTTP/1.1",
@@ -1047,7 +1051,7 @@ class Limits(BotTest):
         begun = [b"", b"\r\n", b"POST / HTTP/1.1", framed(CHUNKED, body=b""), framed(CHUNKED, body=b"63\r\n{"),
                  framed()[:-20], framed(CHUNKED, body=b"0\r\nA: b"), framed("Content-Length: 99", body=b"{")]
         clients = [self.connect(bot, data) for data in begun]
-        self.until(lambda: sum(not idle for _, _, idle in [*bot.deadlines.values()]) == len(begun) - 1)
+        self.until(lambda: self.deadlines(bot, 408) == len(begun))
         for _ in range(18):
             clock.advance(0.5)
             for client in clients[1:]:
@@ -1064,7 +1068,7 @@ class Limits(BotTest):
         bot = self.start_bot(clock=clock)
         idle, used = self.connect(bot, NEXT), self.connect(bot, NEXT)
         self.assertEqual([self.one(client).text for client in (idle, used)], ["next", "next"])
-        self.until(lambda: sum(idle for _, _, idle in [*bot.deadlines.values()]) == 2)
+        self.until(lambda: self.deadlines(bot, 0, idle=True) == 2)
         clock.advance(119)
         used.sendall(framed("Content-Length: 30", EXPECT, body=b""))
         self.assertEqual(self.one(used).status, 100)
@@ -1098,14 +1102,14 @@ class Limits(BotTest):
         for _ in range(2):
             idle.append(self.connect(bot, NEXT))
             self.one(idle[-1])
-            self.until(lambda: sum(waits for _, _, waits in [*bot.deadlines.values()]) == len(idle))
+            self.until(lambda: self.deadlines(bot, 0, idle=True) == len(idle))
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual(self.rest(idle[0]), [])
         idle[1].sendall(NEXT)
         self.assertEqual(self.one(idle[1]).text, "next")
         others = [self.deliver_in_background(bot, delivery(message(mid="n_%d" % number))) for number in range(4)]
         self.until(lambda: len(bot.outbox.pending) == 3)
-        self.assertLessEqual(len(bot.open), 3)
+        self.assertLessEqual(len(bot.deadlines), 3)
         hold.set()
         self.assertEqual([status.get(timeout=WAIT) for status in [busy] + others], [200] * 5)
 
@@ -1121,7 +1125,7 @@ class Limits(BotTest):
         first.sendall(body[999:])
         self.assertEqual([answer.status for answer in self.rest(second)], [200])
         late = [self.connect(bot, framed(large)) for _ in range(2)]
-        self.until(lambda: [act.__name__ for _, act, _ in [*bot.deadlines.values()]].count("refuse_late") == 2)
+        self.until(lambda: self.deadlines(bot, 408) == 2)
         self.until(lambda: not bot.large.acquire(blocking=False) or bot.large.release())
         clock.advance(10)
         self.assertEqual([answer.status for client in late for answer in self.rest(client)], [408, 408])
@@ -1138,7 +1142,7 @@ class Limits(BotTest):
                     client.close()
                     self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual({record.levelname for record in logs.records}, {"INFO"})
-        self.until(lambda: not bot.open and not bot.deadlines)
+        self.until(lambda: not bot.deadlines)
 
     def test_a_bug_costs_its_request_a_500_and_is_logged_with_its_traceback(self):
         bot = self.start_bot()
@@ -1188,12 +1192,11 @@ class Draining(BotTest):
 
     def test_an_arriving_request_is_answered_and_all_connections_are_closed_idle_ones_at_once(self):
         bot = self.start_bot(clock=Clock(), limits={"drain": 1})
-        silent, used, late = self.connect(bot), self.connect(bot, NEXT), self.connect(bot, LAST[:30])
+        used, late = self.connect(bot, NEXT), self.connect(bot, LAST[:30])
         self.assertEqual(self.one(used).text, "next")
-        self.until(lambda: sorted(idle for _, _, idle in [*bot.deadlines.values()]) == [False, True, True])
+        self.until(lambda: self.deadlines(bot, 0, idle=True) == self.deadlines(bot, 408) == 1)
         left = self.stop_in_background(bot)
         self.assertEqual(self.rest(used), [])
-        self.assertNotIn(200, [answer.status for answer in self.rest(silent)])
         late.sendall(LAST[30:])
         self.assertEqual(([answer.text for answer in self.rest(late)], left.get(timeout=WAIT)), (["last"], 0))
 
@@ -1654,7 +1657,7 @@ class Check(BotTest):
             ("token .*190, subcode 463.*: generate a new PAGE_ACCESS_TOKEN", [quoting(190, error_subcode=463)]),
             ("token .*: copy both from the same app", [proof]),
             ("token .*code 2.*down", [quoting(2, 500)]),
-            ("token .*status 200, and .* not Graph's: check GRAPH_URL", [(200, {}, b"<html>" + TOKEN.encode())]),
+            ("token .*status 200, and not from Graph: check GRAPH_URL", [(200, {}, b"<html>" + TOKEN.encode())]),
             ("subscription .*code 200.*permission is missing: check", [None, quoting(200)]),
             ("subscription .*: subscribe the app to messages", [None, {"data": []}]),
             ("subscription .*: subscribe the app to messages", [None, {"data": [{}]}]))))
@@ -1695,6 +1698,6 @@ class Shape(BotTest):
         self.assertIsInstance(bot, http.server.ThreadingHTTPServer)
         self.assertTrue(issubclass(bot.RequestHandlerClass, http.server.BaseHTTPRequestHandler))
         self.assertTrue({"do_GET", "do_POST", "parse_request", "send_error"} <= {*vars(bot.RequestHandlerClass)})
-        self.assertIsInstance(bot.opener, urllib.request.OpenerDirector)
+        self.assertIsInstance(self.start_bot(accept).outbox.graph.opener, urllib.request.OpenerDirector)
         opener = echobot.make_opener(proxies={"https": "http://127.0.0.1:9"})
         self.assertTrue({urllib.request.ProxyHandler, echobot.KeepAliveHandler} <= {*map(type, opener.handlers)})
