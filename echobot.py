@@ -234,21 +234,16 @@ class PendingReply:
 
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
-    replies: List[PendingReply] = []
-    errors: List[str] = []
-    if delivery.get("object", "page") != "page":
-        return replies, errors
-    for entry in as_list(delivery.get("entry")):
+    replies, errors = [], []
+    entries = as_list(delivery.get("entry")) if delivery.get("object", "page") == "page" else []
+    for entry in entries:
         page = identity(entry)
         for event in as_list(entry.get("messaging")) if isinstance(entry, dict) else [None]:
             try:
-                reply = reply_owed(page, event)
+                replies.append(reply_owed(page, event))
             except ValueError as error:
                 errors.append(str(error))
-            else:
-                if reply:
-                    replies.append(reply)
-    return replies, errors
+    return [reply for reply in replies if reply], errors
 
 
 def as_list(value: Any) -> List[Any]:
@@ -282,7 +277,7 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     if sender in ("", page, identity(event.get("recipient"))) or message.get("is_echo") or message.get("is_deleted"):
         return None
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
-    name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)
+    name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)  # old postbacks have no mid
     key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return PendingReply(key, sender, mid, dict(message, text=text))
 
@@ -315,14 +310,10 @@ FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
 
 def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
-    before, after = text[at - 1], text[at]
-    if before == "\u200d" or after == "\u200d" or before + after == "\r\n":
-        return True
-    if after in FLAG_LETTERS:  # a flag is two of them
+    if text[at] in FLAG_LETTERS:  # a flag is two of them
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
-    return (unicodedata.category(after) in ("Mn", "Mc", "Me")
-            or "\U0001f3fb" <= after <= "\U0001f3ff" or "\U000e0020" <= after <= "\U000e007f"  # skin tones, tags
-            or "\ud800" <= before <= "\udbff" and "\udc00" <= after <= "\udfff")
+    # A joiner and what it joins; marks, variation selectors, further joiners and tags, skin tones
+    return text[at - 1] == "\u200d" or unicodedata.category(text[at]) in ("Mn", "Mc", "Me", "Cf", "Sk")
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
@@ -460,9 +451,9 @@ class Response(http.client.HTTPResponse):
         status = 100
         while status < 200:  # such as 100 Continue: the answer proper is still to come
             version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
-            self.headers = self.msg = read_fields(self.fp)  # type: ignore[assignment]
+            self.headers = read_fields(self.fp)  # type: ignore[assignment]
         self.version = 10 if version == "HTTP/1.0" else 11
-        self.status = self.code = status
+        self.status = status
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = self.headers.get("content-length", "")
         self.length = 0 if status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
@@ -510,9 +501,10 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
         return self.do_open(http.client.HTTPSConnection, req, context=self.context)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Return the Response to `req`, read whole; raise OSError or http.client.HTTPException if there is none."""
+        """Return the Response to `req`, read whole; raise OSError if there is none."""
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
+        # ProxyHandler puts it among the request's fields, which go through a tunnel to Graph: it is for the proxy alone
         for_proxy = {name: headers.pop(name) for name in ["Proxy-authorization"] if tunnel and name in headers}
         key = req.type, req.host, tunnel
         connection = self.take(key)
@@ -524,14 +516,17 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
-            data: Any = req.data or b""
-            connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
-            response = Response(connection.sock, method=req.get_method())
-            stack.callback(response.close)
-            response.begin()
-            response.body = response.read(BODY_BYTES)
-            if response.length:
-                raise http.client.IncompleteRead(response.body, response.length)
+            try:
+                data: Any = req.data or b""
+                connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
+                response = Response(connection.sock, method=req.get_method())
+                stack.callback(response.close)
+                response.begin()
+                response.body = response.read(BODY_BYTES)
+                if response.length:
+                    raise http.client.IncompleteRead(response.body, response.length)
+            except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
+                raise OSError(type(error).__name__) from error
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
                     self.idle[key].append((self.clock(), connection, response))
@@ -580,15 +575,10 @@ class Graph:
         try:
             response = self.opener.open(urllib.request.Request(url, body, {"Content-Type": "application/json"}),
                                         timeout=self.timeout)
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except OSError as error:
             raise TemporaryError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
-                                 % describe(error)) from error
+                                 % error) from error
         return parse_response(response.status, response.headers, response.body)
-
-
-def describe(error: Exception) -> str:
-    """Return why there is no answer, and nothing of what came instead: it may quote the token."""
-    return str(error) if isinstance(error, OSError) else type(error).__name__
 
 
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
@@ -768,12 +758,6 @@ class Bot(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         socketserver.TCPServer.server_bind(self)
         self.server_name, self.server_port = self.socket.getsockname()[:2]
-
-    def serve_forever(self, poll_interval: float = TICK) -> None:
-        """Serve until `shutdown`, on one processor: threads that take turns do nearly twice as much there as on two."""
-        with contextlib.suppress(AttributeError, OSError):  # only Linux has it: for this thread and those it starts
-            os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-        super().serve_forever(poll_interval)
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
@@ -1062,10 +1046,7 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
             except BrokenPipeError:
                 os._exit(1)  # nobody reads on
             self.chat.said += 1
-        self.send_response_only(status)
-        self.send_header("Content-Length", str(len(answer)))
-        self.end_headers()
-        self.wfile.write(answer.encode())
+        self.wfile.write(b"".join(encode_answer(status, answer, "")))
 
     def refusal(self, body: bytes) -> Dict[str, Any]:
         """Return Graph's error for a call that is wrong, or {}."""
@@ -1095,7 +1076,7 @@ class Chat:
         self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
         for server in graph, bot:
             server.daemon_threads = True
-            threading.Thread(target=server.serve_forever, daemon=True).start()
+            threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
 
     def run(self) -> int:
         """Talk until the input ends; return the exit status."""
@@ -1195,9 +1176,9 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
     elif url:
         try:
             check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except OSError as error:
             report(False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
-                   "reach it" % describe(error))
+                   "reach it" % error)
     return 0 if all(results) else 1
 
 
@@ -1271,8 +1252,9 @@ def fit_file_limit(limits: Limits) -> Limits:
         import resource
     except ImportError:  # on Windows, which has no such limit
         return limits
-    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63  # -1 says that there is no limit
-    share = min(1.0, (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls))
+    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = limits.connections + limits.calls + limits.idle_calls
+    share = 1.0 if files == resource.RLIM_INFINITY else min(1.0, (files - SPARE_FILES) / wanted)
     names = "connections", "calls", "idle_calls"
     return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
 
@@ -1319,8 +1301,11 @@ def run_until_signal(bot: Bot) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
     announce(bot.settings, bot.server_port)
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+        # On one processor, threads that take turns, as Python's do, carry nearly twice as much as on two
+        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     try:
-        bot.serve_forever()
+        bot.serve_forever(TICK)
     except Exception:  # such as MemoryError: the process must not live on without listening
         log.exception("the accept loop has failed")
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)

@@ -502,11 +502,11 @@ class Text(BotTest):
 
     def test_a_text_is_never_cut_inside_what_a_reader_sees_as_one_character(self):
         for name, character in [
-            ("two surrogates", "\ud83d\ude00"), ("accents", "e\u0301\u0323\u0308"), ("a vowel sign", "\u0915\u093f"),
+            ("accents", "e\u0301\u0323\u0308"), ("a vowel sign", "\u0915\u093f"),
             ("a keycap", "1\ufe0f\u20e3"), ("a family", "\U0001f468\u200d\U0001f469\u200d\U0001f467\u200d\U0001f466"),
             ("a couple", "\U0001f469\U0001f3fb\u200d\u2764\ufe0f\u200d\U0001f468\U0001f3ff"),
             ("an emoji's style", "\u2764\ufe0f"), ("dark skin", "\U0001f44d\U0001f3ff"),
-            ("light skin", "\U0001f44d\U0001f3fb"), ("a flag", "\U0001f1e8\U0001f1ed"), ("CR LF", "\r\n"),
+            ("light skin", "\U0001f44d\U0001f3fb"), ("a flag", "\U0001f1e8\U0001f1ed"),
             ("a flag of tags", "\U0001f3f4\U000e0067\U000e0062\U000e007f"),
         ]:
             for room in range(1, units(character)):
