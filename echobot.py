@@ -85,6 +85,7 @@ HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its r
 BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
 LARGE_BYTES = 64 * 1024      # beyond which a body takes its turn with the other large ones
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
+STACK_BYTES = 2 * 1024 ** 2  # of a thread: Python 3.13 crashes in nested JSON below, and 8 MiB are usual
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
 SAME_SIGNAL = 1.0            # s in which a further signal is taken for the first: Heroku may send SIGTERM twice
 TICK = 0.05                  # s between two looks at the clock: small beside the shortest deadline, 2 s
@@ -264,10 +265,10 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     """
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
-    kind = next((kind for kind in ("message", "postback") if event.get(kind) is not None), None)
-    if kind is None:
+    kind = "postback" if event.get("message") is None else "message"
+    message = event.get(kind)
+    if message is None:
         return None
-    message = event[kind]
     if not isinstance(message, dict):
         raise ValueError("its %s is not an object" % kind)
     text = message.get("text" if kind == "message" else "title") or ""
@@ -432,7 +433,7 @@ def explain(error: Mapping[str, Any]) -> str:
     meaning = MEANINGS.get(error["code"], "see Meta's error codes")
     if "appsecret_proof" in str(error.get("message")):
         meaning = "APP_SECRET is another app's than the token: copy both from the same app"
-    return "code %s, subcode %s: %s (fbtrace_id %s)" % (
+    return "code %s, subcode %.40s: %s (fbtrace_id %.40s)" % (
         error["code"], error.get("error_subcode", "none"), meaning, error.get("fbtrace_id"))
 
 
@@ -607,7 +608,6 @@ class Outbox:
         """
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
-        lines: Dict[str, List[PendingReply]] = {}
         with self.lock:
             for reply in owed:
                 if reply.key not in self.settled:
@@ -619,8 +619,7 @@ class Outbox:
                 self.pending[reply.key] = reply
                 reply.previous = self.last.get(reply.recipient)
                 self.last[reply.recipient] = reply
-                lines.setdefault(reply.recipient, []).append(reply)
-        self.send_lines(list(lines.values()))
+        self.send_all(new)
         for reply in unsettled.values():
             self.wait(reply.done, until - self.clock())
         status = max([reply.status for reply in unsettled.values()], default=200)
@@ -634,21 +633,20 @@ class Outbox:
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", now - self.failing_since)
         return 200
 
-    def send_lines(self, lines: Sequence[Sequence[PendingReply]]) -> None:
-        """Send each person's line of replies: the first in this thread, the others in threads of their own, if any."""
-        mine = [*lines[:1], *lines[self.limits.calls:]]
-        for line in lines[1:self.limits.calls]:
-            try:
-                _thread.start_new_thread(self.send_lines, ([line],))
-            except RuntimeError:  # there is no thread to be had
-                mine.append(line)
-        for reply in [reply for line in mine for reply in line]:
-            if reply.previous:
-                reply.previous.done.wait()
+    def send_all(self, replies: Sequence[PendingReply]) -> None:
+        """Send the first reply in this thread, and each other in one of its own, as long as there are threads."""
+        started = 1
+        with contextlib.suppress(RuntimeError):  # there is no thread to be had
+            for reply in replies[1:self.limits.calls]:
+                _thread.start_new_thread(self.send, (reply,))
+                started += 1
+        for reply in [*replies[:1], *replies[started:]]:
             self.send(reply)
 
     def send(self, owed: PendingReply) -> None:
-        """Ask `reply` what to say, send it, and record what has become of it."""
+        """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
+        if owed.previous:
+            owed.previous.done.wait()
         try:
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
@@ -762,10 +760,7 @@ class Bot(http.server.ThreadingHTTPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
         if len(self.deadlines) >= self.limits.connections:
-            with self.lock:
-                for connection in self.idle_connections()[:1]:
-                    self.end(connection)
-                    del self.deadlines[connection]
+            self.end_idle(1)
         try:
             if len(self.deadlines) >= self.limits.connections:
                 raise OSError("no place")
@@ -790,9 +785,13 @@ class Bot(http.server.ThreadingHTTPServer):
             self.deadlines[connection] = Deadline(self.clock() + seconds, status, idle)
             return True
 
-    def idle_connections(self) -> List[socket.socket]:
-        """Return the idle connections, the one that has been idle longest first."""
-        return [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
+    def end_idle(self, most: int) -> None:
+        """End so many idle connections, those first that have been idle longest, and free their places at once."""
+        with self.lock:
+            idle = [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
+            for connection in idle[:most]:
+                self.end(connection)
+                del self.deadlines[connection]
 
     def service_actions(self) -> None:
         """End the connections whose deadline is over; the accept loop calls this in each turn."""
@@ -832,10 +831,8 @@ class Bot(http.server.ThreadingHTTPServer):
         """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
         until = self.clock() + self.limits.drain
         self.server_close()
-        with self.lock:
-            self.stopping = True
-            for connection in self.idle_connections():
-                self.end(connection)
+        self.stopping = True
+        self.end_idle(self.limits.connections)
         while (self.deadlines or self.outbox.pending) and self.clock() < until:
             self.service_actions()
             time.sleep(TICK)
@@ -878,6 +875,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             except Exception:
                 log.exception("a bug in %s %s", self.command, self.path)
                 self.send_error(500, TEXTS[500])
+        self.body = b""  # or an idle connection would keep up to 1 MiB
 
     def parse_request(self) -> bool:
         """Read the request, its body included, and return True; raise RequestError if it is refused."""
@@ -895,8 +893,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # HTTP/1.0 may do without
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
-        keep = version and not self.server.stopping and "close" not in self.fields.get("connection", "").lower()
-        self.close_connection = not keep
+        self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
         if self.path not in METHODS:
             raise RequestError(404, "There is nothing here.")
         if self.command not in METHODS[self.path].split(", "):
@@ -972,7 +969,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command or "a request", self.path, self.client_address[0], status, refusal)
-        fields = CLOSE if self.close_connection else ""
+        fields = CLOSE if self.close_connection or self.server.stopping else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
         head, body = encode_answer(status, text, fields)
@@ -1030,34 +1027,24 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a call, with the fault that is to be played or as it deserves."""
-        body = self.rfile.read(int(self.headers["Content-Length"]))
-        self.chat.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body.decode())
+        body = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        self.chat.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
+        text = json.loads(body)["message"]["text"]
         fault, self.chat.fault = self.chat.fault, ""
         if fault == "/slow":
             time.sleep(SLOW)
-        error = fault and COMMANDS[fault][1] or self.refusal(body)
+        error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
+        if not self.path.endswith("/me/messages?" + self.chat.credentials):
+            error = {"code": 190}
+        elif not text.strip() or len(pieces(text)) > 1:
+            error = {"code": 100}
         status = 500 if fault == "/500" else 400 if error else 200
         answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
-            try:
-                print(("bot> " if self.chat.terminal else "") + json.loads(body)["message"]["text"], flush=True)
-            except BrokenPipeError:
-                os._exit(1)  # nobody reads on
-            self.chat.said += 1
+            self.chat.hear(text)
         self.wfile.write(b"".join(encode_answer(status, answer, "")))
-
-    def refusal(self, body: bytes) -> Dict[str, Any]:
-        """Return Graph's error for a call that is wrong, or {}."""
-        try:
-            call = parse_object(body)
-            text = call["message"]["text"]
-            valid = text.strip() and pieces(text) == [text] and call["messaging_type"] and call["recipient"]["id"]
-        except (ValueError, KeyError, TypeError, AttributeError):
-            valid = False
-        query, right = self.path.partition("?")[2].split("&"), self.chat.credentials.split("&")
-        return {"code": 190} if query[0] != right[0] else {} if valid and query == right else {"code": 100}
 
 
 class Chat:
@@ -1073,7 +1060,7 @@ class Chat:
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
         self.note = functools.partial(print, file=sys.stderr, flush=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.body, self.fault, self.sent, self.said, self.showing = b"{}", "", 0, 0, False
+        self.body, self.fault, self.sent, self.heard, self.showing = b"{}", "", 0, 0, False
         for server in graph, bot:
             server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
@@ -1084,11 +1071,11 @@ class Chat:
             self.note("Say something.  /help lists what else Messenger and Graph can do; Ctrl-D ends.")
         with contextlib.suppress(EOFError, KeyboardInterrupt):
             while True:
-                self.hear(input("you> " if self.terminal else ""))
+                self.say(input("you> " if self.terminal else ""))
         print(end="\n" if self.terminal else "")
         return 0
 
-    def hear(self, line: str) -> None:
+    def say(self, line: str) -> None:
         """Do what a line of input says."""
         command = line.strip()
         meaning, content = COMMANDS.get(command, ("", [{"message": {"text": line}}]))
@@ -1122,7 +1109,7 @@ class Chat:
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
-        said, status = self.said, 503
+        heard, status = self.heard, 503
         for _ in range(200):  # in a minute; Messenger goes on for an hour
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *["%s: %s" % field for field in fields.items()],
                       self.body.decode())
@@ -1134,8 +1121,16 @@ class Chat:
             self.note("(the bot answered 503 because the reply is not settled yet; Messenger redelivers)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, text))
-        elif self.said == said:
+        elif self.heard == heard:
             self.note("(the bot answered 200, and there is no reply)")
+
+    def hear(self, text: str) -> None:
+        """Print what the bot says."""
+        self.heard += 1
+        try:
+            print(("bot> " if self.terminal else "") + text, flush=True)
+        except BrokenPipeError:
+            os._exit(1)  # nobody reads on
 
     def show(self, direction: str, *lines: str) -> None:
         """Print a message that goes over the wire, if that is wanted."""
@@ -1301,18 +1296,17 @@ def run_until_signal(bot: Bot) -> int:
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
     announce(bot.settings, bot.server_port)
+    threading.stack_size(STACK_BYTES)
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
         # On one processor, threads that take turns, as Python's do, carry nearly twice as much as on two
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-    try:
-        bot.serve_forever(TICK)
-    except Exception:  # such as MemoryError: the process must not live on without listening
-        log.exception("the accept loop has failed")
+    bot.serve_forever(TICK)
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
-    print(end="", flush=True)
-    os._exit(0 if signals and not left else 1)  # Python itself would wait for threads that `reply` may have started
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()  # what `reply` has printed
+    os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
 
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
