@@ -198,11 +198,14 @@ def sign(body: bytes, secret: str) -> str:
 
 def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None:
     """Raise RequestError, with the reason, unless `signature` is that of `body`."""
-    if signature is not None and hmac.compare_digest(signature.encode("latin-1"), sign(body, secret).encode()):
+    if signature is None:
+        problem = "is missing"
+    elif not re.fullmatch("sha256=[0-9a-f]{64}", signature):
+        problem = "is malformed"
+    elif not hmac.compare_digest(signature, sign(body, secret)):
+        problem = "does not match the body: check APP_SECRET"
+    else:
         return
-    wellformed = re.fullmatch("sha256=[0-9a-f]{64}", signature or "")
-    problem = ("is missing" if signature is None else
-               "does not match the body: check APP_SECRET" if wellformed else "is malformed")
     raise RequestError(403, "The delivery is not signed with the app's secret.", "X-Hub-Signature-256 " + problem)
 
 
@@ -440,46 +443,35 @@ def explain(error: Mapping[str, Any]) -> str:
 class Response(http.client.HTTPResponse):
     """An answer, read as http.client reads it, but for two things.
 
-    `read_fields` reads its header fields.  And its buffer is kept at its end: what is left there came beyond the end,
-    and the connection must not be used again.
+    `read_fields` reads its header fields.  And its buffer outlives it: what is left there came beyond the answer, and
+    the connection must not be used again.
     """
 
     body = b""
-    buffer: Any = None
 
     def begin(self) -> None:
         """Read the status line and the header fields."""
-        status = 100
-        while status < 200:  # such as 100 Continue: the answer proper is still to come
-            version, status, self.reason = self._read_status()  # type: ignore[attr-defined]
-            self.headers = read_fields(self.fp)  # type: ignore[assignment]
-        self.version = 10 if version == "HTTP/1.0" else 11
-        self.status = status
+        self.status = 100
+        while self.status < 200:  # such as 100 Continue: the answer proper is still to come
+            version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
+            self.headers: Any = read_fields(self.fp)
+        self.will_close = version != "HTTP/1.1" or "close" in self.headers.get("connection", "").lower()
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = self.headers.get("content-length", "")
-        self.length = 0 if status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
-        self.will_close = self.length is None and not self.chunked or self._check_close()  # type: ignore[attr-defined]
+        self.length = 0 if self.status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
 
-    def close(self) -> None:
-        """Close the buffer too."""
-        super().close()
-        self.buffer.close()
-
-    def is_last(self, sock: socket.socket) -> bool:
-        """Return whether nothing came behind it, nor the end of the connection; without waiting."""
-        timeout = sock.gettimeout()
-        sock.settimeout(0)
-        try:
-            return self.buffer.read(1) is None
-        except ssl.SSLWantReadError:
-            return True
-        except OSError:
-            return False
-        finally:
-            sock.settimeout(timeout)
+    def is_last(self) -> bool:
+        """Close the buffer; return whether nothing has come behind the answer, nor the end of the connection."""
+        with self.buffer:
+            try:
+                return self.buffer.read(1) is None
+            except ssl.SSLWantReadError:
+                return True
+            except OSError:
+                return False
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler):
@@ -521,7 +513,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 data: Any = req.data or b""
                 connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
                 response = Response(connection.sock, method=req.get_method())
-                stack.callback(response.close)
+                stack.callback(response.fp.close)
                 response.begin()
                 response.body = response.read(BODY_BYTES)
                 if response.length:
@@ -541,8 +533,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 if not self.idle[key]:
                     return None
                 since, connection, response = self.idle[key].pop()
-            good = self.clock() - since < self.limits.unused and response.is_last(connection.sock)
-            response.close()
+            connection.sock.settimeout(0)
+            good = response.is_last() and self.clock() - since < self.limits.unused
+            connection.sock.settimeout(connection.timeout)
             if good:
                 return connection
             connection.close()
@@ -553,8 +546,7 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
     """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response."""
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "echobot/" + __version__), ("Accept-Encoding", "identity")]
-    keep_alive, unknown = KeepAliveHandler(limits, clock), urllib.request.UnknownHandler()
-    for handler in urllib.request.ProxyHandler(proxies), keep_alive, unknown:
+    for handler in urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits, clock):
         opener.add_handler(handler)
     return opener
 
@@ -587,8 +579,8 @@ class Graph:
 class Outbox:
     """Sends the replies, in the threads of the deliveries that owe them.
 
-    A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), given up after a
-    minute of temporary failures, or known to be impossible because `reply` raised.  Only settled ones are remembered.
+    A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), is given up after a
+    minute of temporary failures, or fails because `reply` raised.  Only settled ones are remembered.
     """
 
     def __init__(self, reply: Reply, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
@@ -601,7 +593,7 @@ class Outbox:
         self.calls = threading.BoundedSemaphore(limits.calls)
         self.stopped = threading.Event()              # ends the pauses between retries
 
-    def settle(self, owed: Sequence[PendingReply]) -> int:
+    def settle(self, replies: Sequence[PendingReply]) -> int:
         """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, or late_status().
 
         Those that are pending already, for another delivery of the same events, are waited for until the deadline.
@@ -609,20 +601,20 @@ class Outbox:
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
         with self.lock:
-            for reply in owed:
-                if reply.key not in self.settled:
-                    unsettled.setdefault(reply.key, self.pending.get(reply.key, reply))
-            new = [reply for key, reply in unsettled.items() if key not in self.pending]
+            for owed in replies:
+                if owed.key not in self.settled:
+                    unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
+            new = [owed for key, owed in unsettled.items() if key not in self.pending]
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return self.late_status()
-            for reply in new:  # all at once, or else another delivery could overtake
-                self.pending[reply.key] = reply
-                reply.previous = self.last.get(reply.recipient)
-                self.last[reply.recipient] = reply
+            for owed in new:  # all at once, or else another delivery could overtake
+                self.pending[owed.key] = owed
+                owed.previous = self.last.get(owed.recipient)
+                self.last[owed.recipient] = owed
         self.send_all(new)
-        for reply in unsettled.values():
-            self.wait(reply.done, until - self.clock())
-        status = max([reply.status for reply in unsettled.values()], default=200)
+        for owed in unsettled.values():
+            self.wait(owed.done, until - self.clock())
+        status = max([owed.status for owed in unsettled.values()], default=200)  # 503 before 500 before 200
         return self.late_status() if status == 503 else status
 
     def late_status(self) -> int:
@@ -637,11 +629,11 @@ class Outbox:
         """Send the first reply in this thread, and each other in one of its own, as long as there are threads."""
         started = 1
         with contextlib.suppress(RuntimeError):  # there is no thread to be had
-            for reply in replies[1:self.limits.calls]:
-                _thread.start_new_thread(self.send, (reply,))
+            for owed in replies[1:self.limits.calls]:
+                _thread.start_new_thread(self.send, (owed,))
                 started += 1
-        for reply in [*replies[:1], *replies[started:]]:
-            self.send(reply)
+        for owed in [*replies[:1], *replies[started:]]:
+            self.send(owed)
 
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
@@ -651,7 +643,8 @@ class Outbox:
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
-            self.send_text(owed, text)
+            if text:
+                self.send_text(owed, text)
             owed.status = 200
         except TemporaryError as failure:
             log.error("gave up the reply to %s, mid %s: %s", owed.recipient, owed.mid, failure)
@@ -679,15 +672,14 @@ class Outbox:
 
     def send_text(self, owed: PendingReply, text: str) -> None:
         """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
+        if self.graph is None:
+            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, text)
+            return
         began = self.clock()
         for piece in pieces(text):
-            if self.graph:
-                self.send_piece(self.graph, owed, piece, began + self.limits.retry)
-            else:
-                log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, piece)
-        if text and self.graph:
-            log.info("replied to %s, mid %s: %d characters, %d ms",
-                     owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
+            self.send_piece(self.graph, owed, piece, began + self.limits.retry)
+        log.info("replied to %s, mid %s: %d characters, %d ms",
+                 owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
 
     def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
         """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
@@ -790,7 +782,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             idle = [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
             for connection in idle[:most]:
-                self.end(connection)
+                self.end(connection, 0)
                 del self.deadlines[connection]
 
     def service_actions(self) -> None:
@@ -799,20 +791,19 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             for connection, deadline in list(self.deadlines.items()):
                 if deadline and deadline.when <= now:
-                    self.end(connection)
+                    self.end(connection, deadline.status)
 
-    def end(self, connection: socket.socket) -> None:
-        """End a connection, with the answer that it is owed if that can be sent without waiting."""
-        deadline, self.deadlines[connection] = self.deadlines[connection], None
-        late = deadline is not None and deadline.status == 503
+    def end(self, connection: socket.socket, status: int) -> None:
+        """End a connection, after an answer of that status, if it is one, and if it can be sent without waiting."""
+        self.deadlines[connection] = None
         with contextlib.suppress(OSError):  # such as: the client does not read
-            if deadline and deadline.status:
-                status = self.outbox.late_status() if late else deadline.status
+            if status:
+                actual = self.outbox.late_status() if status == 503 else status
                 connection.setblocking(False)
-                connection.send(b"".join(encode_answer(status, TEXTS[status], CLOSE)))
+                connection.send(b"".join(encode_answer(actual, TEXTS[actual], CLOSE)))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
-        if late:  # that thread is sending: `close` would leave the file open as long as it does
+        if status == 503:  # that thread is sending, and `close` would leave the file open as long as it does
             del self.deadlines[connection]
             socket.close(connection.detach())
 
@@ -1141,81 +1132,82 @@ class Chat:
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
-Report = Callable[[Any, str, str, str], None]
+Finding = Tuple[Any, str, str, str]  # whether it holds, what, and what to print if it does and if it does not
 
 
 def check(environ: Mapping[str, str], url: Optional[str] = None,
           opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = 4.0) -> int:
     """Print a line for each possible cause of silence, in order; return the exit status, 0 if all is well."""
-    results = []
-
-    def report(holds: Any, what: str, good: str, fix: str) -> None:
+    status = 0
+    for holds, what, good, fix in findings(environ, url, opener or make_opener(Limits(idle_calls=0)), timeout):
         print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(good if holds else fix)), flush=True)
-        results.append(bool(holds))
+        status = status if holds else 1
+    return status
 
+
+def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.request.OpenerDirector,
+             timeout: float) -> Iterator[Finding]:
+    """Yield what is found of the settings, of the token and of the deployed bot."""
     try:
         settings = settings_from(environ)
     except SettingsError as error:
-        for line in error.args:
-            report(False, "settings", "", line)
-        return 1
-    report(settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set",
+        yield from [(False, "settings", "", line) for line in error.args]
+        return
+    yield (settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set",
            "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token")
-    report(settings.app_secret, "settings", "APP_SECRET is set",
+    yield (settings.app_secret, "settings", "APP_SECRET is set",
            "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret")
-    opener = opener or make_opener(Limits(idle_calls=0))
     if settings.page_access_token:
-        check_graph(Graph(settings, opener, timeout), report)
+        yield from graph_findings(Graph(settings, opener, timeout))
     if url and not URL.fullmatch(url):
-        report(False, "URL", "", "not a URL: give one like https://example.com/webhook")
+        yield False, "URL", "", "not a URL: give one like https://example.com/webhook"
     elif url:
         try:
-            check_webhook(settings, url, report, functools.partial(opener.open, timeout=timeout))
+            yield from webhook_findings(settings, url, functools.partial(opener.open, timeout=timeout))
         except OSError as error:
-            report(False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
+            yield (False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
                    "reach it" % error)
-    return 0 if all(results) else 1
 
 
-def check_graph(graph: Graph, report: Report) -> None:
-    """Report what Graph says of the token, the secret and the subscription."""
+def graph_findings(graph: Graph) -> Iterator[Finding]:
+    """Yield what Graph says of the token, the secret and the subscription."""
     what = "token"
     try:
         page = graph.call("/me?fields=id,name")
-        report(True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), "")
+        yield True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), ""
         what = "subscription"
         apps = [app for app in as_list(graph.call("/me/subscribed_apps").get("data")) if isinstance(app, dict)]
         fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
-        report("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
+        yield ("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
     except (PermanentError, TemporaryError) as failure:
-        report(False, what, "", str(failure))
+        yield False, what, "", str(failure)
 
 
-def check_webhook(settings: Settings, url: str, report: Report, call: Callable[..., Any]) -> None:
-    """Report what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
+def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> Iterator[Finding]:
+    """Yield what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
     def ask(query: Optional[Dict[str, str]], **fields: str) -> Tuple[int, str]:
         target = url + "?" + urllib.parse.urlencode(query) if query else url
         response = call(urllib.request.Request(target, None if query else EMPTY, fields))
         return response.status, response.body.decode("utf-8", "replace")
 
-    report(url.startswith("https:"), "URL", url,
+    yield (url.startswith("https:"), "URL", url,
            "the URL is not https, and Messenger calls nothing else: put a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
     echobot = (status, text) in ((200, query["hub.challenge"]), (403, WRONG_TOKEN))
-    report(status == 200 and echobot, "verification", "the webhook returns the challenge",
+    yield (status == 200 and echobot, "verification", "the webhook returns the challenge",
            "the deployed bot has a different VERIFY_TOKEN: use the same value in both" if echobot else
            "status %d, and not from echobot: check the address, which ends in /webhook, and that the bot runs" % status)
     if not echobot:
         return
-    report(ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
+    yield (ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
            "a different verify token is refused", "any verify token is accepted: echobot is not at this address")
     if settings.app_secret:
         signature = {"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)}
-        report(ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
+        yield (ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
                "refused: the deployed bot has a different APP_SECRET, use the same value in both")
-    report(ask(None)[0] == 403, "unsigned", "an unsigned delivery is refused", "an unsigned delivery is accepted, so "
+    yield (ask(None)[0] == 403, "unsigned", "an unsigned delivery is refused", "an unsigned delivery is accepted, so "
            "anybody can make the bot speak: set APP_SECRET on the deployed bot")
 
 

@@ -127,7 +127,7 @@ def close_idle(opener):
     """Close the connections that `opener` keeps, which at the end of a process nobody needs to do."""
     handler, = (handler for handler in opener.handlers if isinstance(handler, echobot.KeepAliveHandler))
     for _, connection, response in sum(handler.idle.values(), []):
-        response.close()
+        response.buffer.close()
         connection.close()
     handler.idle.clear()
 
