@@ -136,14 +136,11 @@ URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
-    """Return the settings in `environ`; raise SettingsError with everything that is wrong with them.
-
-    White space and a pair of quotes around a value are dropped: they get pasted along.
-    """
+    """Return the settings in `environ`; raise SettingsError with everything that is wrong with them."""
     values: Dict[str, Any] = {}
     for name, default in Settings()._asdict().items():
         text = environ.get(name.upper(), "").strip()
-        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+        if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
     values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # refused below
@@ -209,13 +206,10 @@ def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None
     raise RequestError(403, "The delivery is not signed with the app's secret.", "X-Hub-Signature-256 " + problem)
 
 
-STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
-
-
 def parse_object(raw: bytes) -> Dict[str, Any]:
     """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deep."""
     try:
-        value = STRICT_JSON.decode(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -239,20 +233,19 @@ class PendingReply:
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
     replies, errors = [], []
-    entries = as_list(delivery.get("entry")) if delivery.get("object", "page") == "page" else []
-    for entry in entries:
-        page = identity(entry)
-        for event in as_list(entry.get("messaging")) if isinstance(entry, dict) else [None]:
+    for entry in items(delivery, "entry") if delivery.get("object", "page") == "page" else []:
+        for event in items(entry, "messaging"):
             try:
-                replies.append(reply_owed(page, event))
+                replies.append(reply_owed(identity(entry), event))
             except ValueError as error:
                 errors.append(str(error))
     return [reply for reply in replies if reply], errors
 
 
-def as_list(value: Any) -> List[Any]:
-    """Return `value` if it is a list, [] if there is none, and else a list with one malformed item."""
-    return value if isinstance(value, list) else [] if value is None else [None]
+def items(container: Any, name: str) -> List[Any]:
+    """Return the list that `container` has under a name, [] if it has none there, or a malformed item in a list."""
+    value = container.get(name, []) if isinstance(container, dict) else None
+    return value if isinstance(value, list) else [None]
 
 
 def identity(party: Any) -> str:
@@ -262,10 +255,7 @@ def identity(party: Any) -> str:
 
 
 def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
-    """Return the reply owed to `event`, None if there is none; raise ValueError if the event is malformed.
-
-    A person's messages and postbacks are owed one.  Nothing else is, and not the page's own messages, echoed.
-    """
+    """Return the reply owed to a person's message or postback, None to all else; raise ValueError if malformed."""
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
     kind = "postback" if event.get("message") is None else "message"
@@ -277,7 +267,7 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     text = message.get("text" if kind == "message" else "title") or ""
     if not isinstance(text, str):
         raise ValueError("the text of its %s is not a string" % kind)
-    sender = identity(event.get("sender"))
+    sender = identity(event.get("sender"))  # the page's own messages come as events too
     if sender in ("", page, identity(event.get("recipient"))) or message.get("is_echo") or message.get("is_deleted"):
         return None
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
@@ -287,10 +277,7 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
 
 
 def pieces(text: str) -> List[str]:
-    """Return `text` cut into messages of at most TEXT_UNITS, whose concatenation it is.
-
-    A cut is made after white space in the second half of a piece, else between characters, else where it must be.
-    """
+    """Return `text` cut into messages of at most TEXT_UNITS: after white space in the second half, if there is some."""
     result = []
     while text:
         end = fitting(text, TEXT_UNITS)
@@ -331,6 +318,7 @@ FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r?\n" % NAME)
 AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
 HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
+METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 TEXTS = {  # what an answer says unless there is more to say
     200: "ok",
     408: "The request did not arrive whole in time.",
@@ -441,10 +429,9 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer, read as http.client reads it, but for two things.
+    """An answer as http.client reads it, but with the header fields of `read_fields`, and a buffer that outlives it.
 
-    `read_fields` reads its header fields.  And its buffer outlives it: what is left there came beyond the answer, and
-    the connection must not be used again.
+    What is left in the buffer came beyond the answer, and the connection must not be used again.
     """
 
     body = b""
@@ -468,10 +455,8 @@ class Response(http.client.HTTPResponse):
         with self.buffer:
             try:
                 return self.buffer.read(1) is None
-            except ssl.SSLWantReadError:
-                return True
-            except OSError:
-                return False
+            except OSError as error:
+                return isinstance(error, ssl.SSLWantReadError)
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler):
@@ -565,9 +550,9 @@ class Graph:
         """Return Graph's answer; raise TemporaryError or PermanentError if it did not do what was asked."""
         url = "%s%s%s%s" % (self.url, path, "&" if "?" in path else "?", self.credentials)
         body = None if content is None else json.dumps(content).encode()
+        request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
-            response = self.opener.open(urllib.request.Request(url, body, {"Content-Type": "application/json"}),
-                                        timeout=self.timeout)
+            response = self.opener.open(request, timeout=self.timeout)
         except OSError as error:
             raise TemporaryError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
                                  % error) from error
@@ -594,10 +579,7 @@ class Outbox:
         self.stopped = threading.Event()              # ends the pauses between retries
 
     def settle(self, replies: Sequence[PendingReply]) -> int:
-        """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, or late_status().
-
-        Those that are pending already, for another delivery of the same events, are waited for until the deadline.
-        """
+        """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, late_status()."""
         until = self.clock() + self.limits.answer
         unsettled: Dict[bytes, PendingReply] = {}
         with self.lock:
@@ -612,7 +594,7 @@ class Outbox:
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed
         self.send_all(new)
-        for owed in unsettled.values():
+        for owed in unsettled.values():  # some are pending for another delivery of the same events
             self.wait(owed.done, until - self.clock())
         status = max([owed.status for owed in unsettled.values()], default=200)  # 503 before 500 before 200
         return self.late_status() if status == 503 else status
@@ -798,9 +780,9 @@ class Bot(http.server.ThreadingHTTPServer):
         self.deadlines[connection] = None
         with contextlib.suppress(OSError):  # such as: the client does not read
             if status:
-                actual = self.outbox.late_status() if status == 503 else status
+                answer = self.outbox.late_status() if status == 503 else status
                 connection.setblocking(False)
-                connection.send(b"".join(encode_answer(actual, TEXTS[actual], CLOSE)))
+                connection.send(b"".join(encode_answer(answer, TEXTS[answer], CLOSE)))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
         if status == 503:  # that thread is sending, and `close` would leave the file open as long as it does
@@ -829,9 +811,6 @@ class Bot(http.server.ThreadingHTTPServer):
             time.sleep(TICK)
         self.outbox.stopped.set()
         return len(self.outbox.pending)
-
-
-METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
@@ -980,9 +959,8 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = re
                 opener: Optional[urllib.request.OpenerDirector] = None,
                 clock: Clock = time.monotonic, wait: Wait = threading.Event.wait) -> Bot:
     """Return the bot, bound and not started; raise OSError if it cannot be bound."""
-    graph = None  # on a dry run
-    if settings.page_access_token:
-        graph = Graph(settings, opener or make_opener(limits, clock=clock), limits.graph)
+    opener = opener or make_opener(limits, clock=clock)
+    graph = Graph(settings, opener, limits.graph) if settings.page_access_token else None  # None on a dry run
     return Bot(settings, limits, Outbox(reply, graph, limits, clock, wait), clock)
 
 
@@ -991,14 +969,14 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = re
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph
-    "/sticker": ("a sticker", [{"message": {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]}}]),
-    "/image": ("an image", [{"message": {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]}}]),
-    "/postback": ("the press of a button", [{"postback": {"title": "Get started", "payload": "GET_STARTED"}}]),
-    "/batch": ("three messages in one delivery", [{"message": {"text": text}} for text in ("one", "two", "three")]),
-    "/read": ("a read receipt", [{"read": {"watermark": 1458692752478}}]),
-    "/echo": ("the bot's own message, echoed", [{"message": {"is_echo": True, "app_id": 1517776481, "text": "hello"}}]),
-    "/edit": ("an edit", [{"message_edit": {"mid": "m_1", "text": "hello, edited", "num_edit": 1}}]),
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph's
+    "/sticker": ("a sticker", [("message", {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]})]),
+    "/image": ("an image", [("message", {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]})]),
+    "/postback": ("the press of a button", [("postback", {"title": "Get started", "payload": "GET_STARTED"})]),
+    "/batch": ("three messages in one delivery", [("message", {"text": text}) for text in ("one", "two", "three")]),
+    "/read": ("a read receipt", [("read", {"watermark": 1458692752478})]),
+    "/echo": ("the bot's own message, echoed", [("message", {"is_echo": True, "app_id": 1517776481, "text": "hello"})]),
+    "/edit": ("an edit", [("message_edit", {"mid": "m_1", "text": "hello, edited", "num_edit": 1})]),
     "/again": ("the last delivery again", None),
     "/unsigned": ("the last delivery again, without its signature", None),
     "/slow": ("Graph takes %g s for its next answer; the bot waits %g s here, not 4" % (SLOW, CHAT_LIMITS.answer), {}),
@@ -1014,37 +992,39 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
     """Plays Graph: it refuses what the real one refuses, and prints the rest."""
 
     protocol_version = "HTTP/1.1"
-    chat: Chat  # set by Chat
+    server: Chat
 
     def do_POST(self) -> None:
         """Answer a call, with the fault that is to be played or as it deserves."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        self.chat.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
+        self.server.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
         text = json.loads(body)["message"]["text"]
-        fault, self.chat.fault = self.chat.fault, ""
+        fault, self.server.fault = self.server.fault, ""
         if fault == "/slow":
             time.sleep(SLOW)
         error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
-        if not self.path.endswith("/me/messages?" + self.chat.credentials):
+        if not self.path.endswith("/me/messages?" + self.server.credentials):
             error = {"code": 190}
         elif not text.strip() or len(pieces(text)) > 1:
             error = {"code": 100}
         status = 500 if fault == "/500" else 400 if error else 200
         answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
-        self.chat.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
+        self.server.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
-            self.chat.hear(text)
+            self.server.hear(text)
         self.wfile.write(b"".join(encode_answer(status, answer, "")))
 
 
-class Chat:
-    """Plays Messenger, with Graph played too, and the real bot between them."""
+class Chat(socketserver.ThreadingTCPServer):
+    """Plays Messenger, and is Graph's server, with the real bot between them."""
+
+    daemon_threads = True
 
     def __init__(self) -> None:
-        graph = socketserver.ThreadingTCPServer(("127.0.0.1", 0), type("Graph", (FakeGraph,), {"chat": self}))
+        super().__init__(("127.0.0.1", 0), FakeGraph)
         settings = Settings(os.urandom(16).hex(), os.urandom(16).hex(), host="127.0.0.1", port=0,
-                            graph_url="http://127.0.0.1:%d/v26.0" % graph.server_address[1])
+                            graph_url="http://127.0.0.1:%d/v26.0" % self.server_address[1])
         self.opener = make_opener(proxies={})
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
         self.secret, self.credentials = settings.app_secret, Graph(settings, self.opener, 0).credentials
@@ -1052,8 +1032,7 @@ class Chat:
         self.note = functools.partial(print, file=sys.stderr, flush=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
         self.body, self.fault, self.sent, self.heard, self.showing = b"{}", "", 0, 0, False
-        for server in graph, bot:
-            server.daemon_threads = True
+        for server in self, bot:
             threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
 
     def run(self) -> int:
@@ -1069,7 +1048,7 @@ class Chat:
     def say(self, line: str) -> None:
         """Do what a line of input says."""
         command = line.strip()
-        meaning, content = COMMANDS.get(command, ("", [{"message": {"text": line}}]))
+        meaning, content = COMMANDS.get(command, ("", [("message", {"text": line})]))
         if command == "/help":
             self.note("\n".join(["  %-10s %s" % (name, meaning) for name, (meaning, _) in COMMANDS.items()]))
         elif command == "/wire":
@@ -1083,19 +1062,14 @@ class Chat:
         elif command.startswith("/") and not meaning:
             self.note("(unknown command %s; /help lists them)" % command)
         elif command:
-            self.body = json.dumps({"object": "page", "entry": [self.entry(content)]}).encode()
+            entry: Dict[str, Any] = {"id": PAGE, "time": int(time.time() * 1000), "messaging": []}
+            for kind, value in content:
+                self.sent += 1
+                sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
+                entry["messaging"].append({"sender": {"id": sender}, "recipient": {"id": recipient},
+                                           "timestamp": entry["time"], kind: {"mid": "m_%d" % self.sent, **value}})
+            self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
             self.deliver(signed=True)
-
-    def entry(self, events: Sequence[Dict[str, Any]]) -> Dict[str, Any]:
-        """Return an entry of a delivery: `events`, with what Messenger adds to each."""
-        now, messaging = int(time.time() * 1000), []
-        for event in events:
-            self.sent += 1
-            kind, = event
-            sender, recipient = (PAGE, PERSON) if "is_echo" in event[kind] else (PERSON, PAGE)
-            messaging.append({"sender": {"id": sender}, "recipient": {"id": recipient}, "timestamp": now,
-                              kind: {"mid": "m_%d" % self.sent, **event[kind]}})
-        return {"id": PAGE, "time": now, "messaging": messaging}
 
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is something else than 503."""
@@ -1176,8 +1150,8 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
         page = graph.call("/me?fields=id,name")
         yield True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), ""
         what = "subscription"
-        apps = [app for app in as_list(graph.call("/me/subscribed_apps").get("data")) if isinstance(app, dict)]
-        fields = sorted({str(field) for app in apps for field in as_list(app.get("subscribed_fields"))})
+        apps = items(graph.call("/me/subscribed_apps"), "data")
+        fields = sorted({str(field) for app in apps for field in items(app, "subscribed_fields")})
         yield ("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
     except (PermanentError, TemporaryError) as failure:
@@ -1235,15 +1209,14 @@ def printable(text: str) -> str:
 
 def fit_file_limit(limits: Limits) -> Limits:
     """Return `limits`, scaled down if the host does not allow as many open files."""
-    try:
+    with contextlib.suppress(ImportError):  # on Windows, which has no such limit
         import resource
-    except ImportError:  # on Windows, which has no such limit
-        return limits
-    files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = limits.connections + limits.calls + limits.idle_calls
-    share = 1.0 if files == resource.RLIM_INFINITY else min(1.0, (files - SPARE_FILES) / wanted)
-    names = "connections", "calls", "idle_calls"
-    return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
+        if files != resource.RLIM_INFINITY and share < 1:
+            names = "connections", "calls", "idle_calls"
+            return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
+    return limits
 
 
 def serve(environ: Mapping[str, str]) -> int:

@@ -1580,8 +1580,8 @@ class Chat(BotTest):
 
     def test_its_graph_refuses_what_graph_refuses(self):
         said = queue.Queue()
-        chat = types.SimpleNamespace(fault="", credentials=CREDENTIALS, hear=said.put, show=lambda *_: None)
-        graph = http.server.HTTPServer(("127.0.0.1", 0), type("Handler", (echobot.FakeGraph,), {"chat": chat}))
+        graph = http.server.HTTPServer(("127.0.0.1", 0), echobot.FakeGraph)
+        vars(graph).update(fault="", credentials=CREDENTIALS, hear=said.put, show=lambda *_: None)
         self.addCleanup(graph.server_close)
         self.addCleanup(graph.shutdown)
         threading.Thread(target=graph.serve_forever, args=(0.01,), daemon=True).start()
