@@ -617,7 +617,9 @@ class Promise(BotTest):
         bot, clock = self.start_pausing(lambda call: graph_error(2, 500))
         status, lines = self.logged(self.deliver, bot, delivery(message()))
         self.assertEqual((status, round(sum(clock.pauses), 6)), (503, 60))
-        self.assertRegex([text for level, text in lines if level == "ERROR"][0], "gave up.* 2, mid m_1: code 2")
+        self.assertEqual([level for level, _ in lines], ["WARNING"] * len(clock.pauses) + ["ERROR"])
+        self.assertRegex(lines[-1][1], "gave up.* 2, mid m_1: code 2")
+        self.assertEqual(bot.graph.calls.qsize(), len(clock.pauses) + 1, "each retry that is announced is made")
         bot.graph.answer = accept
         self.assertEqual(self.deliver(bot, delivery(message())), 200)
 
@@ -1187,18 +1189,22 @@ class Draining(BotTest):
         left = self.stop_in_background(bot)
         self.assertRaises(OSError, self.deliver, bot, delivery(message(mid="m_3")))
         hold.set()
-        self.assertEqual(([answer.status for answer in self.rest(client)], left.get(timeout=WAIT)), ([200], 0))
+        answer, = self.rest(client)
+        self.assertEqual((answer.status, answer.fields["Connection"], left.get(timeout=WAIT)), (200, "close", 0))
         self.assertEqual(bot.graph.calls.qsize(), 1)
 
-    def test_an_arriving_request_is_answered_and_all_connections_are_closed_idle_ones_at_once(self):
-        bot = self.start_bot(clock=Clock(), limits={"drain": 1})
-        used, late = self.connect(bot, NEXT), self.connect(bot, LAST[:30])
+    def test_idle_connections_are_closed_at_once_and_others_when_their_request_is_answered_or_late(self):
+        clock = Clock()
+        bot = self.start_bot(clock=clock, limits={"drain": 25})
+        used, late, silent = self.connect(bot, NEXT), self.connect(bot, LAST[:30]), self.connect(bot)
         self.assertEqual(self.one(used).text, "next")
-        self.until(lambda: self.deadlines(bot, 0, idle=True) == self.deadlines(bot, 408) == 1)
+        self.until(lambda: (self.deadlines(bot, 0, idle=True), self.deadlines(bot, 408)) == (1, 2))
         left = self.stop_in_background(bot)
         self.assertEqual(self.rest(used), [])
         late.sendall(LAST[30:])
-        self.assertEqual(([answer.text for answer in self.rest(late)], left.get(timeout=WAIT)), (["last"], 0))
+        self.assertEqual([answer.text for answer in self.rest(late)], ["last"])
+        clock.advance(10)
+        self.assertEqual(([answer.status for answer in self.rest(silent)], left.get(timeout=WAIT)), ([408], 0))
 
     def test_a_reply_in_a_pause_between_retries_is_waited_for(self):
         bot = self.start_bot(in_turn(graph_error(2, 500), graph_error(2, 500)), {"first_pause": 0.02, "answer": WAIT})
@@ -1497,8 +1503,24 @@ class Commands(BotTest):
         process = Process.serving(prefix=("sh", "-c", 'ulimit -n 64; exec "$@"', "sh"))
         process.until_logged()
         for _ in range(80):
-            self.connect(process, b"GET /healthz HTTP/1.1\r\nHost: a\r\n\r\n").recv(1)
+            self.connect(process, get("/healthz")).recv(1)
         self.assertEqual(self.deliver(process, delivery(message())), 200)
+
+    @posix
+    def test_json_that_is_nested_deep_crashes_nothing_where_the_host_gives_threads_a_small_stack(self):
+        process = Process.serving(prefix=("sh", "-c", 'ulimit -s 256; exec "$@"', "sh"))
+        process.until_logged()
+        for depth in 2000, 9000, 100000:
+            self.assertIn(self.deliver(process, b'{"a": %s}' % (b"[" * depth + b"]" * depth)), (200, 400))
+
+    @unittest.skipUnless(os.path.exists("/proc/self/statm") and sys.implementation.name == "cpython", "memory in /proc")
+    def test_an_idle_connection_keeps_nothing_of_the_last_body(self):
+        process = Process.serving(APP_SECRET=SECRET)
+        process.until_logged()
+        for _ in range(100):
+            self.assertEqual(self.one(self.connect(process, sized(b"x" * MIB))).status, 403)
+        with open("/proc/%d/statm" % process.pid) as pages:
+            self.assertLess(int(pages.read().split()[1]) * os.sysconf("SC_PAGESIZE"), 90 * MIB)
 
 
 TALK = (  # what is typed, what the bot says, and what is noted beside that
