@@ -503,6 +503,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 response.body = response.read(BODY_BYTES)
                 if response.length:
                     raise http.client.IncompleteRead(response.body, response.length)
+            except OSError:  # some are ValueErrors too
+                raise
             except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
                 raise OSError(type(error).__name__) from error
             with self.lock:

@@ -17,6 +17,7 @@ import re
 import select
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
@@ -1287,6 +1288,23 @@ class Settings(unittest.TestCase):
                 self.assertNotIn(hidden, line)
 
 
+CERTIFICATE = """\
+-----BEGIN PRIVATE KEY-----
+MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgkWS0Xc1l/LfeqL3T
+aHMbd22RViIUjihn5hpFo3gDOuKhRANCAASncv+nRVeXOkzWIw5SOW+M07pPO0Ku
+jGyWmI0hSmh4WxQ0/p6YqSTcvOSzR/KVoLNU5MWgPk9MelgMgE7b/qPP
+-----END PRIVATE KEY-----
+-----BEGIN CERTIFICATE-----
+MIIBXDCCAQKgAwIBAgIBATAKBggqhkjOPQQDAjAMMQowCAYDVQQDDAFUMCAXDTIw
+MDEwMTAwMDAwMFoYDzIxMjAwMTAxMDAwMDAwWjAMMQowCAYDVQQDDAFUMFkwEwYH
+KoZIzj0CAQYIKoZIzj0DAQcDQgAEp3L/p0VXlzpM1iMOUjlvjNO6TztCroxslpiN
+IUpoeFsUNP6emKkk3Lzks0fylaCzVOTFoD5PTHpYDIBO2/6jz6NTMFEwDwYDVR0T
+AQH/BAUwAwEB/zAOBgNVHQ8BAf8EBAMCAoQwHQYDVR0OBBYEFAb8nCLGww/awrnI
+EWRZFuq6qBLOMA8GA1UdEQQIMAaHBH8AAAEwCgYIKoZIzj0EAwIDSAAwRQIgWeF3
+qO503PL91c0329LOTUdhYOpBp6O5FKNVrZZfcw0CIQDSkTiOXDigJtDZBOEZkrol
+tp2VVfrAiVC2iEkrtHrSKw==
+-----END CERTIFICATE-----
+"""  # with its key; signed by itself, for 127.0.0.1, until 2120
 SECRETS = "|".join((TOKEN, SECRET, VERIFY, PROOF, "pass.?word"))
 REPLY = '''def reply(message):
     if message["text"] == "raise":
@@ -1497,6 +1515,22 @@ class Commands(BotTest):
                 call = proxy.calls.get(timeout=WAIT)
                 self.assertEqual((call.method, call.path, call.headers["Proxy-authorization"]),
                                  (method, path, "Basic dXNlcjpwYXNzIHdvcmQ="))
+
+    def test_https_calls_share_a_tls_connection_and_who_does_not_trust_the_certificate_is_told_so(self):
+        certificate = os.path.join(FOLDER.name, "certificate.pem")
+        with open(certificate, "w") as file:
+            file.write(CERTIFICATE)
+        graph = self.start_graph()
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        graph.socket = context.wrap_socket(graph.socket, server_side=True)
+        url = graph.url.replace("http:", "https:")
+        process = Process.serving(graph, GRAPH_URL=url, SSL_CERT_FILE=certificate)
+        process.until_logged()
+        self.assertEqual([self.deliver(process, delivery(message(mid=mid))) for mid in ("m_1", "m_2")], [200, 200])
+        self.assertEqual(len(graph.connections), 1)
+        status, out, _ = Process("check", **{**LIVE, "GRAPH_URL": url}).end()
+        self.assertRegex(out, "FAIL  token .*no answer from Graph .*CERTIFICATE_VERIFY_FAILED.*: check GRAPH_URL")
 
     @posix
     def test_connections_and_calls_are_scaled_to_the_files_that_the_host_allows(self):
