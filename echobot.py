@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A Facebook Messenger bot that says back what it is told: one file, the standard library, nothing else.
+"""A Facebook Messenger bot that repeats what it is told: one file, the standard library, nothing else.
 
     python echobot.py                 serve the webhook
     python echobot.py chat            talk to the bot on this machine; no account, no network
@@ -10,7 +10,7 @@ The settings are environment variables:
     PAGE_ACCESS_TOKEN   the page's token; without one this is a dry run, which logs the replies that it would send
     APP_SECRET          the app's secret, with which deliveries are signed; a token requires it
     ALLOW_UNSIGNED      1 accepts a token without APP_SECRET, and so deliveries from anybody: for experiments only
-    VERIFY_TOKEN        what the webhook's set-up page must send; default my_voice_is_my_password_verify_me
+    VERIFY_TOKEN        what the webhook's setup page must send; default my_voice_is_my_password_verify_me
     HOST, PORT          where to listen; default 0.0.0.0 and 5000
     GRAPH_URL           the Graph API and its version; default https://graph.facebook.com/v26.0
     LOG_LEVEL           DEBUG, INFO (the default), WARNING, ERROR or CRITICAL; the log goes to standard error
@@ -25,8 +25,8 @@ The life of a message:
  6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
     waits for the replies that are already pending.
 
-So a reply is sent at least once, save in a long outage.  It is sent twice only if Graph accepted it without saying so,
-or if its delivery is redelivered to another process.
+So a reply is sent at least once, except in a long outage.  It is sent twice only if Graph accepted it without saying
+so, if its delivery is redelivered to another process, or in part: a long text that was given up halfway starts again.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -56,13 +56,13 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Clock = Callable[[], float]
-Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; in a test, time passes at its word
+Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; a test has time of its own
 
 
 # ---- What the bot says: make this yours ----------------------------------------------------------------------------
@@ -71,8 +71,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
-    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may take its time: it runs
-    in many threads, but for one person in one at a time.  If it raises, the delivery is answered 500.
+    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may be slow: it runs in many
+    threads at once, but never twice at once for the same person.  If it raises, the delivery is answered 500.
     """
     return message.get("text") or "I can't echo this"
 
@@ -82,13 +82,13 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for a text
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
-BODY_BYTES = 1024 * 1024     # of a delivery, or of an answer of Graph's; real ones have a few KiB
-LARGE_BYTES = 64 * 1024      # beyond which a body takes its turn with the other large ones
+BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones have a few KiB
+LARGE_BYTES = 64 * 1024      # a larger body waits for one of `Limits.large` places
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
-STACK_BYTES = 2 * 1024 ** 2  # of a thread: Python 3.13 crashes in nested JSON below, and 8 MiB are usual
+STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
-SAME_SIGNAL = 1.0            # s in which a further signal is taken for the first: Heroku may send SIGTERM twice
-TICK = 0.05                  # s between two looks at the clock: small beside the shortest deadline, 2 s
+SAME_SIGNAL = 1.0            # s in which a further signal counts as the first: Heroku may send SIGTERM twice
+TICK = 0.05                  # s between two looks at the clock: small compared with the shortest deadline, 2 s
 
 
 class Limits(NamedTuple):
@@ -99,9 +99,9 @@ class Limits(NamedTuple):
     idle: float = 120.0        # between two requests: Heroku's router keeps 90, and must be the one that closes
     linger: float = 2.0        # for a client to read its last answer
     connections: int = 500     # at once; more wait in the backlog
-    large: int = 16            # bodies above LARGE_BYTES at once, for each takes up to 1 MiB, and more once parsed
-    pending: int = 1000        # replies not settled yet, for each may hold a thread; Messenger keeps the rest
-    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute at full speed
+    large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
+    pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
+    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's at `calls` a second
     calls: int = 300           # to Graph at once: its own limit a second for a page
     idle_calls: int = 64       # connections to Graph that are kept open while idle
     unused: float = 60.0       # after which an idle connection to Graph is not used any more
@@ -109,7 +109,7 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from the first try of a reply until it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about ten
-    outage: float = 600.0      # of failure, after which Messenger gets 200 all the same: at 3600 it would unsubscribe
+    outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
 
 
@@ -132,7 +132,7 @@ class SettingsError(Exception):
     """Settings that are wrong; `args` has a line for each, which never quotes a value."""
 
 
-URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[^?#@\s]*)?", re.A)
+URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!$->A-~]*)?")
 
 
 def settings_from(environ: Mapping[str, str]) -> Settings:
@@ -143,7 +143,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # refused below
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -223,11 +223,11 @@ class PendingReply:
     def __init__(self, key: bytes, recipient: str, mid: str, message: Dict[str, Any]) -> None:
         self.key = key              # tells its event from every other, in 16 bytes
         self.recipient = recipient  # the event's sender
-        self.mid = mid              # Messenger's name of the event, for the log; may be empty
+        self.label = "%s, mid %s" % (recipient, mid)  # for the log
         self.message = message      # what `reply` gets
-        self.previous: Optional[PendingReply] = None  # the one before it to the same person, which goes first
         self.status = 503           # once done: 200 if settled, 500 if `reply` raised, 503 if given up
         self.done = threading.Event()
+        self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
 
 
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[str]]:
@@ -239,17 +239,17 @@ def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[
                 replies.append(reply_owed(identity(entry), event))
             except ValueError as error:
                 errors.append(str(error))
-    return [reply for reply in replies if reply], errors
+    return [owed for owed in replies if owed], errors
 
 
 def items(container: Any, name: str) -> List[Any]:
-    """Return the list that `container` has under a name, [] if it has none there, or a malformed item in a list."""
+    """Return the list that `container` has under `name`; [] if absent; [None], a malformed item, if malformed."""
     value = container.get(name, []) if isinstance(container, dict) else None
     return value if isinstance(value, list) else [None]
 
 
 def identity(party: Any) -> str:
-    """Return the id of a sender, recipient or entry, or an empty text."""
+    """Return the id of a sender, recipient or entry, or an empty string."""
     value = party.get("id") if isinstance(party, dict) else None
     return str(value) if type(value) in (str, int) else ""
 
@@ -276,8 +276,11 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     return PendingReply(key, sender, mid, dict(message, text=text))
 
 
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+
+
 def pieces(text: str) -> List[str]:
-    """Return `text` cut into messages of at most TEXT_UNITS: after white space in the second half, if there is some."""
+    """Return `text` cut into messages of at most TEXT_UNITS, after white space if there is any in the second half."""
     result = []
     while text:
         end = fitting(text, TEXT_UNITS)
@@ -296,9 +299,6 @@ def fitting(text: str, units: int) -> int:
     return len(encoded[:2 * units].decode("utf-16-le", "ignore"))  # without a character that is cut in two
 
 
-FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
-
-
 def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
     if text[at] in FLAG_LETTERS:  # a flag is two of them
@@ -308,7 +308,7 @@ def inside_character(text: str, at: int) -> bool:
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
-# They read header fields with the parser for e-mail, which accepts what RFC 9112 has a server refuse, and is slow.
+# They parse header fields as those of e-mail: that is slow, and accepts what RFC 9112 requires a server to refuse.
 
 CHUNKED = -1
 CLOSE = "Connection: close\r\n"
@@ -351,7 +351,7 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or version == 0 or "chunked" in codings[:-1]:
-            raise RequestError(400, "The body's end is in doubt: chunked goes last, without a length, in HTTP/1.1.")
+            raise RequestError(400, "It is ambiguous where the body ends: chunked comes last, without a length.")
         if codings != ["chunked"]:
             raise RequestError(501, "The only transfer coding supported is chunked.")
         return CHUNKED
@@ -364,13 +364,13 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     return int(length)
 
 
-def encode_answer(status: int, text: str, fields: str) -> Tuple[bytes, bytes]:
-    """Return the head and the body of an answer; `fields` are further lines of the head."""
+def encode_answer(status: int, text: str, fields: str = CLOSE, head_only: bool = False) -> bytes:
+    """Return the bytes of an answer; `fields` are further lines of its head."""
     body = text.encode("utf-8", "replace")
     head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
             "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s\r\n")
-    return (head % (status, http.client.responses[status], email.utils.formatdate(usegmt=True),
-                    len(body), fields)).encode(), body
+    head %= status, http.client.responses[status], email.utils.formatdate(usegmt=True), len(body), fields
+    return head.encode() + (b"" if head_only else body)
 
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
@@ -431,14 +431,12 @@ def explain(error: Mapping[str, Any]) -> str:
 class Response(http.client.HTTPResponse):
     """An answer as http.client reads it, but with the header fields of `read_fields`, and a buffer that outlives it.
 
-    What is left in the buffer came beyond the answer, and the connection must not be used again.
+    Bytes that are left in the buffer came after the answer, and the connection must not be reused.
     """
-
-    body = b""
 
     def begin(self) -> None:
         """Read the status line and the header fields."""
-        self.status = 100
+        self.status, self.body = 100, b""
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
             version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
@@ -449,14 +447,6 @@ class Response(http.client.HTTPResponse):
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
-
-    def is_last(self) -> bool:
-        """Close the buffer; return whether nothing has come behind the answer, nor the end of the connection."""
-        with self.buffer:
-            try:
-                return self.buffer.read(1) is None
-            except OSError as error:
-                return isinstance(error, ssl.SSLWantReadError)
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler):
@@ -469,8 +459,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
         self.limits, self.clock = limits, clock
         self.lock = threading.Lock()  # over the next two
         self.context: Optional[ssl.SSLContext] = None
-        # By type, host and tunnel: since when each has been idle, with its last response; the one last used is last
-        self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
+        # By (type, host, tunnel): (idle since, connection, buffer), the one last used last
+        self.idle: Dict[Any, List[Tuple[float, Any, Any]]] = collections.defaultdict(list)
 
     def https_open(self, req: urllib.request.Request) -> Any:
         """Return the Response to an https request; the first one reads the certificates: 20 ms, and 1.5 MB."""
@@ -482,20 +472,20 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
         """Return the Response to `req`, read whole; raise OSError if there is none."""
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
-        # ProxyHandler puts it among the request's fields, which go through a tunnel to Graph: it is for the proxy alone
-        for_proxy = {name: headers.pop(name) for name in ["Proxy-authorization"] if tunnel and name in headers}
-        key = req.type, req.host, tunnel
-        connection = self.take(key)
-        if connection is None:
-            connection = http_class(req.host, timeout=req.timeout, **options)
-            if tunnel:
-                connection.set_tunnel(tunnel, headers=for_proxy)
+        # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
+        for_proxy = {name: headers.pop(name) for name in list(headers) if tunnel and name.startswith("Proxy-")}
         fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
+        data: Any = req.data or b""
+        key = req.type, req.host, tunnel
         with contextlib.ExitStack() as stack:
-            stack.callback(connection.close)
             try:
-                data: Any = req.data or b""
+                connection = self.take(key)
+                if connection is None:
+                    connection = http_class(req.host, timeout=req.timeout, **options)
+                    if tunnel:
+                        connection.set_tunnel(tunnel, headers=for_proxy)
+                stack.callback(connection.close)
                 connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
                 response = Response(connection.sock, method=req.get_method())
                 stack.callback(response.fp.close)
@@ -509,7 +499,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 raise OSError(type(error).__name__) from error
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
-                    self.idle[key].append((self.clock(), connection, response))
+                    self.idle[key].append((self.clock(), connection, response.buffer))
                     stack.pop_all()  # so neither is closed
         return response
 
@@ -519,11 +509,15 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
             with self.lock:
                 if not self.idle[key]:
                     return None
-                since, connection, response = self.idle[key].pop()
+                since, connection, buffer = self.idle[key].pop()
             connection.sock.settimeout(0)
-            good = response.is_last() and self.clock() - since < self.limits.unused
-            connection.sock.settimeout(connection.timeout)
-            if good:
+            with buffer:
+                try:
+                    good = buffer.read(1) is None  # nothing came, nor the end of the connection
+                except OSError as error:
+                    good = isinstance(error, ssl.SSLWantReadError)
+            if good and self.clock() - since < self.limits.unused:
+                connection.sock.settimeout(connection.timeout)
                 return connection
             connection.close()
 
@@ -572,13 +566,13 @@ class Outbox:
 
     def __init__(self, reply: Reply, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
         self.reply, self.graph, self.limits, self.clock, self.wait = reply, graph, limits, clock, wait
-        self.lock = threading.Lock()  # over all that follows but the last two
-        self.pending: Dict[bytes, PendingReply] = {}  # by key
-        self.last: Dict[str, PendingReply] = {}       # of those pending to a person, by the person's id
+        self.lock = threading.Lock()                    # over the next three
+        self.pending: Dict[bytes, PendingReply] = {}    # by key
+        self.last: Dict[str, threading.Event] = {}      # `done` of the last one pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.failing_since = self.failed_at = float("-inf")  # when a series of nothing but failures began, and ended
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.stopped = threading.Event()              # ends the pauses between retries
+        self.stopped = threading.Event()                # ends the pauses between retries
 
     def settle(self, replies: Sequence[PendingReply]) -> int:
         """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, late_status()."""
@@ -589,12 +583,12 @@ class Outbox:
                 if owed.key not in self.settled:
                     unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
             new = [owed for key, owed in unsettled.items() if key not in self.pending]
-            if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
+            if new and self.pending and len(self.pending) + len(new) > self.limits.pending:  # else it never would fit
                 return self.late_status()
             for owed in new:  # all at once, or else another delivery could overtake
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
-                self.last[owed.recipient] = owed
+                self.last[owed.recipient] = owed.done
         self.send_all(new)
         for owed in unsettled.values():  # some are pending for another delivery of the same events
             self.wait(owed.done, until - self.clock())
@@ -622,7 +616,7 @@ class Outbox:
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
         if owed.previous:
-            owed.previous.done.wait()
+            owed.previous.wait()
         try:
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
@@ -631,39 +625,37 @@ class Outbox:
                 self.send_text(owed, text)
             owed.status = 200
         except TemporaryError as failure:
-            log.error("gave up the reply to %s, mid %s: %s", owed.recipient, owed.mid, failure)
+            log.error("gave up the reply to %s: %s", owed.label, failure)
         except PermanentError as refusal:
             owed.status = 200
-            log.error("Graph refused the reply to %s, mid %s: %s", owed.recipient, owed.mid, refusal)
+            log.error("Graph refused the reply to %s: %s", owed.label, refusal)
         except BaseException:  # SystemExit too: it must not end the thread before the delivery is answered
             owed.status = 500
-            log.exception("reply failed for %s, mid %s", owed.recipient, owed.mid)
+            log.exception("reply failed for %s", owed.label)
         finally:
             self.end(owed)
 
     def end(self, owed: PendingReply) -> None:
-        """Let who waits for a reply go on, and remember the reply if it is settled."""
+        """Wake whoever waits for a reply, and remember the reply if it is settled."""
         with self.lock:
             del self.pending[owed.key]
-            if self.last[owed.recipient] is owed:
+            if self.last[owed.recipient] is owed.done:
                 del self.last[owed.recipient]
             if owed.status == 200:
                 self.settled[owed.key] = None
                 if len(self.settled) > self.limits.settled:
                     self.settled.popitem(last=False)
-        owed.previous = None  # or a person's replies would hold each other in memory for ever
         owed.done.set()
 
     def send_text(self, owed: PendingReply, text: str) -> None:
         """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
         if self.graph is None:
-            log.info("dry run, would reply to %s, mid %s: %s", owed.recipient, owed.mid, text)
+            log.info("dry run, would reply to %s: %s", owed.label, text)
             return
         began = self.clock()
         for piece in pieces(text):
             self.send_piece(self.graph, owed, piece, began + self.limits.retry)
-        log.info("replied to %s, mid %s: %d characters, %d ms",
-                 owed.recipient, owed.mid, len(text), (self.clock() - began) * 1000)
+        log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - began) * 1000)
 
     def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
         """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
@@ -684,12 +676,12 @@ class Outbox:
                     self.failing_since = now
                 self.failed_at = now
                 left = until - now
-                seconds = min(max(pause * random.uniform(0.5, 1), failure.retry_after), left)
-                if left <= 0 or self.stopped.is_set():
+                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)
+                if left <= 0 or seconds > left:
                     raise
-                log.warning("Graph failed; retrying the reply to %s, mid %s, in %.1f s: %s",
-                            owed.recipient, owed.mid, seconds, failure)
-                self.wait(self.stopped, seconds)
+                log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
+                if self.wait(self.stopped, seconds):
+                    raise
                 pause = min(2 * pause, self.limits.longest_pause)
 
 
@@ -706,15 +698,16 @@ class Deadline(NamedTuple):
 class Bot(http.server.ThreadingHTTPServer):
     """The webhook's server: a thread for each connection, with one deadline at a time.
 
-    Before each step a connection's thread sets a new deadline (`set_deadline`).  When one is over, the accept loop
+    Before each step a connection's thread sets a new deadline (`set_deadline`).  When one has passed, the accept loop
     ends the connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and
-    writes nothing any more.  So a request is answered once, by whoever comes first.  Time-outs of the sockets would
-    not do: they begin anew with each byte, and the thread of a late delivery is not reading.
+    writes nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they
+    start anew with each byte, and the thread of a late delivery is not reading.
     """
 
     request_queue_size = BACKLOG
-    allow_reuse_address = os.name == "posix"  # elsewhere it would let two servers share a port,
-    allow_reuse_port = False                  # and so would this
+    # Two servers must not share a port, as the first would let them on Windows, and the second in Python 3.14
+    allow_reuse_address = os.name == "posix"
+    allow_reuse_port = False
 
     def __init__(self, settings: Settings, limits: Limits, outbox: Outbox, clock: Clock) -> None:
         self.address_family, _, _, _, address = socket.getaddrinfo(
@@ -724,7 +717,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over the next two, and while a connection is ended
         self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}  # of each open connection; None: it is ended
-        self.stopping = False         # from then on no connection may be idle
+        self.stopping = False         # from then on idle connections are ended
 
     def server_bind(self) -> None:
         """Bind, `::` for IPv4 as well; without the DNS look-up of the host's name that HTTPServer makes."""
@@ -736,7 +729,7 @@ class Bot(http.server.ThreadingHTTPServer):
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
         if len(self.deadlines) >= self.limits.connections:
-            self.end_idle(1)
+            self.end_longest_idle()
         try:
             if len(self.deadlines) >= self.limits.connections:
                 raise OSError("no place")
@@ -753,38 +746,37 @@ class Bot(http.server.ThreadingHTTPServer):
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, seconds: float, status: int = 0, idle: bool = False) -> bool:
-        """Replace a connection's deadline; return False if that is over, or if it may not become idle any more."""
+        """Replace a connection's deadline; return False if it has passed, and the connection was ended."""
         with self.lock:
-            if not self.deadlines.get(connection) or idle and self.stopping:
+            if not self.deadlines.get(connection):
                 return False
             del self.deadlines[connection]  # so that the last one set is the last
             self.deadlines[connection] = Deadline(self.clock() + seconds, status, idle)
             return True
 
-    def end_idle(self, most: int) -> None:
-        """End so many idle connections, those first that have been idle longest, and free their places at once."""
-        with self.lock:
-            idle = [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
-            for connection in idle[:most]:
-                self.end(connection, 0)
-                del self.deadlines[connection]
-
     def service_actions(self) -> None:
-        """End the connections whose deadline is over; the accept loop calls this in each turn."""
+        """End the connections whose deadline has passed; the accept loop calls this in each turn."""
         now = self.clock()
         with self.lock:
             for connection, deadline in list(self.deadlines.items()):
-                if deadline and deadline.when <= now:
+                if deadline and (deadline.when <= now or deadline.idle and self.stopping):
                     self.end(connection, deadline.status)
 
+    def end_longest_idle(self) -> None:
+        """End the connection that has been idle longest, if one is idle, and free its place at once."""
+        with self.lock:
+            for connection in [each for each, deadline in self.deadlines.items() if deadline and deadline.idle][:1]:
+                self.end(connection, 0)
+                del self.deadlines[connection]
+
     def end(self, connection: socket.socket, status: int) -> None:
-        """End a connection, after an answer of that status, if it is one, and if it can be sent without waiting."""
+        """End a connection, after an answer with `status`, unless that is 0, if it can be sent without waiting."""
         self.deadlines[connection] = None
         with contextlib.suppress(OSError):  # such as: the client does not read
             if status:
                 answer = self.outbox.late_status() if status == 503 else status
                 connection.setblocking(False)
-                connection.send(b"".join(encode_answer(answer, TEXTS[answer], CLOSE)))
+                connection.send(encode_answer(answer, TEXTS[answer]))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
         if status == 503:  # that thread is sending, and `close` would leave the file open as long as it does
@@ -798,7 +790,7 @@ class Bot(http.server.ThreadingHTTPServer):
             self.deadlines.pop(request, None)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed, such as for want of a thread."""
+        """Log why a connection is closed: for example, because no thread could be started."""
         if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
@@ -807,7 +799,6 @@ class Bot(http.server.ThreadingHTTPServer):
         until = self.clock() + self.limits.drain
         self.server_close()
         self.stopping = True
-        self.end_idle(self.limits.connections)
         while (self.deadlines or self.outbox.pending) and self.clock() < until:
             self.service_actions()
             time.sleep(TICK)
@@ -837,7 +828,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens."""
         self.close_connection = True  # until the request has been read whole, it is in doubt where it ends
         self.command = self.path = ""
-        with contextlib.ExitStack() as self.turn:  # among the large bodies
+        with contextlib.ExitStack() as self.turn:  # of a large body; do_POST ends it earlier
             try:
                 super().handle_one_request()
             except RequestError as error:
@@ -862,7 +853,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
         self.path, _, self.query = AUTHORITY.sub("/", target, 1).partition("?")
         self.fields = read_fields(self.rfile)
-        if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # HTTP/1.0 may do without
+        if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # "/" is no host
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
@@ -873,7 +864,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def read_body(self, version: int) -> bytes:
-        """Return the body of the request; trailer fields behind a chunked one are read, and not needed here."""
+        """Return the body of the request; trailer fields after a chunked one are read and ignored."""
         length = body_length(self.fields, version)
         if length is None and self.command == "POST":
             raise RequestError(411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
@@ -897,7 +888,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 raise RequestError(400, "A chunk is malformed.")
 
     def read(self, size: int, before: int = 0) -> bytes:
-        """Return so many bytes of a body; if they make it a large one, after those `before`, when it is its turn."""
+        """Return `size` bytes of a body of which `before` are read; if they make it a large one, wait for its turn."""
         if before <= LARGE_BYTES < before + size:
             self.turn.enter_context(self.server.large)
         data: bytes = self.rfile.read(size) or b""  # None if the connection was ended meanwhile
@@ -907,11 +898,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
-        text = "ok"
-        if self.path != "/healthz":
-            query = urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True)
-            text = verify_challenge(dict(query), self.server.settings.verify_token)
-        self.respond(200, text)
+        query = dict(urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True))
+        healthz = self.path == "/healthz"
+        self.respond(200, TEXTS[200] if healthz else verify_challenge(query, self.server.settings.verify_token))
 
     do_HEAD = do_GET
 
@@ -927,6 +916,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if errors:
             log.warning("skipped %d malformed events of a delivery; the first: %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
+        self.close_connection = self.close_connection or status == 503
         self.respond(status, TEXTS[status])
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -941,14 +931,14 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command or "a request", self.path, self.client_address[0], status, refusal)
-        fields = CLOSE if self.close_connection or self.server.stopping else ""
+        self.close_connection = self.close_connection or self.server.stopping
+        fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
-        head, body = encode_answer(status, text, fields)
-        self.wfile.write(head if self.command == "HEAD" else head + body)
+        self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
 
     def finish(self) -> None:
-        """Close the connection, after reading on: to close on unread input would reset it and lose the last answer."""
+        """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
         if self.server.set_deadline(self.connection, self.limits.linger):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
@@ -971,7 +961,7 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = re
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or the error of Graph's
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or Graph's error
     "/sticker": ("a sticker", [("message", {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]})]),
     "/image": ("an image", [("message", {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]})]),
     "/postback": ("the press of a button", [("postback", {"title": "Get started", "payload": "GET_STARTED"})]),
@@ -1015,7 +1005,7 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         self.server.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
             self.server.hear(text)
-        self.wfile.write(b"".join(encode_answer(status, answer, "")))
+        self.wfile.write(encode_answer(status, answer, ""))
 
 
 class Chat(socketserver.ThreadingTCPServer):
@@ -1074,7 +1064,7 @@ class Chat(socketserver.ThreadingTCPServer):
             self.deliver(signed=True)
 
     def deliver(self, signed: bool) -> None:
-        """Deliver `body` as Messenger does: until the answer is something else than 503."""
+        """Deliver `body` as Messenger does: until the answer is not 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
         heard, status = self.heard, 503
         for _ in range(200):  # in a minute; Messenger goes on for an hour
@@ -1097,7 +1087,7 @@ class Chat(socketserver.ThreadingTCPServer):
         try:
             print(("bot> " if self.terminal else "") + text, flush=True)
         except BrokenPipeError:
-            os._exit(1)  # nobody reads on
+            os._exit(1)  # nobody is reading any more
 
     def show(self, direction: str, *lines: str) -> None:
         """Print a message that goes over the wire, if that is wanted."""
@@ -1249,23 +1239,23 @@ def announce(settings: Settings, port: int) -> None:
         log.warning("anybody can post deliveries until APP_SECRET is set")
 
 
-def run_until_signal(bot: Bot) -> int:
+def run_until_signal(bot: Bot) -> NoReturn:
     """Serve until SIGTERM or Ctrl-C, finish what is under way, and end the process."""
     signals: List[float] = []
 
     def on_signal(number: int, frame: Any) -> None:
         signals.append(time.monotonic())
         if len(signals) == 1:
-            _thread.start_new_thread(bot.shutdown, ())  # in a thread, for it waits for what this interrupts
+            _thread.start_new_thread(bot.shutdown, ())  # which waits for the loop that this interrupts
         elif signals[-1] - signals[0] > SAME_SIGNAL:
-            os._exit(128 + number)  # as a shell has it
+            os._exit(128 + number)  # as a shell reports it
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
     announce(bot.settings, bot.server_port)
     threading.stack_size(STACK_BYTES)
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        # On one processor, threads that take turns, as Python's do, carry nearly twice as much as on two
+        # Python's threads take turns: on one processor they handle nearly twice as much as on two
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     bot.serve_forever(TICK)
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)

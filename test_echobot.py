@@ -127,8 +127,8 @@ class GraphHandler(http.server.BaseHTTPRequestHandler):
 def close_idle(opener):
     """Close the connections that `opener` keeps, which at the end of a process nobody needs to do."""
     handler, = (handler for handler in opener.handlers if isinstance(handler, echobot.KeepAliveHandler))
-    for _, connection, response in sum(handler.idle.values(), []):
-        response.buffer.close()
+    for _, connection, buffer in sum(handler.idle.values(), []):
+        buffer.close()
         connection.close()
     handler.idle.clear()
 
@@ -582,12 +582,12 @@ class Promise(BotTest):
         clock.advance(0.1)
         answer, = self.rest(first)
         self.assertEqual((answer.status, answer.fields["Connection"], second.empty()), (503, "close", True))
-        third = self.deliver_in_background(bot, delivery(message()))  # for which there is a place again
+        third = self.connect(bot, signed_request(delivery(message())))  # for which there is a place again
         self.joined(bot, 2)
         clock.advance(2)
         self.assertEqual(second.get(timeout=WAIT), 503)
         hold.set()
-        self.assertEqual(third.get(timeout=WAIT), 200)
+        self.assertEqual(self.one(third).status, 200)
         self.stop(bot)
         self.assertEqual(bot.graph.calls.qsize(), 0, "sent once")
 
@@ -621,7 +621,9 @@ class Promise(BotTest):
         self.assertEqual([level for level, _ in lines], ["WARNING"] * len(clock.pauses) + ["ERROR"])
         self.assertRegex(lines[-1][1], "gave up.* 2, mid m_1: code 2")
         self.assertEqual(bot.graph.calls.qsize(), len(clock.pauses) + 1, "each retry that is announced is made")
-        bot.graph.answer = accept
+        bot.graph.answer = in_turn(graph_error(613, headers={"Retry-After": "61"}))
+        answer, = self.answers(bot, signed_request(delivery(message())))
+        self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
         self.assertEqual(self.deliver(bot, delivery(message())), 200)
 
     def test_what_reply_does_wrong_gets_500_and_a_redelivery_starts_afresh(self):
