@@ -633,19 +633,15 @@ class Outbox:
             owed.status = 500
             log.exception("reply failed for %s", owed.label)
         finally:
-            self.end(owed)
-
-    def end(self, owed: PendingReply) -> None:
-        """Wake whoever waits for a reply, and remember the reply if it is settled."""
-        with self.lock:
-            del self.pending[owed.key]
-            if self.last[owed.recipient] is owed.done:
-                del self.last[owed.recipient]
-            if owed.status == 200:
-                self.settled[owed.key] = None
-                if len(self.settled) > self.limits.settled:
-                    self.settled.popitem(last=False)
-        owed.done.set()
+            with self.lock:
+                del self.pending[owed.key]
+                if self.last[owed.recipient] is owed.done:
+                    del self.last[owed.recipient]
+                if owed.status == 200:
+                    self.settled[owed.key] = None
+                    if len(self.settled) > self.limits.settled:
+                        self.settled.popitem(last=False)
+            owed.done.set()
 
     def send_text(self, owed: PendingReply, text: str) -> None:
         """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
