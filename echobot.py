@@ -1241,9 +1241,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
 
     def on_signal(number: int, frame: Any) -> None:
         signals.append(time.monotonic())
-        if len(signals) == 1:
-            _thread.start_new_thread(bot.shutdown, ())  # which waits for the loop that this interrupts
-        elif signals[-1] - signals[0] > SAME_SIGNAL:
+        if signals[-1] - signals[0] > SAME_SIGNAL:
             os._exit(128 + number)  # as a shell reports it
 
     for number in signal.SIGINT, signal.SIGTERM:
@@ -1253,7 +1251,10 @@ def run_until_signal(bot: Bot) -> NoReturn:
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
         # Python's threads take turns: on one processor they handle nearly twice as much as on two
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-    bot.serve_forever(TICK)
+    bot.timeout = TICK
+    while not signals:  # not serve_forever, which a signal handler cannot end
+        bot.handle_request()
+        bot.service_actions()
     log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
