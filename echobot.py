@@ -20,13 +20,14 @@ The life of a message:
  1. Messenger POSTs a delivery.  `Bot` gives each connection a thread, in which `WebhookHandler` reads the request.
  2. `verify_signature` checks that the delivery comes from Messenger; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
- 4. `Outbox.settle` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
+ 4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200.
- 6. After 4 s it is answered 503 instead, and the thread goes on sending.  Messenger redelivers, and the redelivery
-    waits for the replies that are already pending.
+ 6. After 4 s the accept loop answers 503 instead, and the thread goes on sending.  Messenger redelivers, and the
+    redelivery waits for the replies that are already pending.
 
 So a reply is sent at least once, except in a long outage.  It is sent twice only if Graph accepted it without saying
-so, if its delivery is redelivered to another process, or in part: a long text that was given up halfway starts again.
+so, if its delivery is redelivered to another process or after 10,000 others, or in part: a long text that was given up
+halfway starts again.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -62,7 +63,7 @@ __version__ = "2.0"
 log = logging.getLogger("echobot")
 Reply = Callable[[Mapping[str, Any]], Optional[str]]
 Clock = Callable[[], float]
-Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; a test has time of its own
+Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; tests supply their own time
 
 
 # ---- What the bot says: make this yours ----------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for a text
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
-BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones have a few KiB
+BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # a larger body waits for one of `Limits.large` places
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
@@ -96,7 +97,7 @@ class Limits(NamedTuple):
 
     answer: float = 4.0        # for a delivery: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
-    idle: float = 120.0        # between two requests: Heroku's router keeps 90, and must be the one that closes
+    idle: float = 120.0        # between two requests: Heroku's router closes after 90, and must be the one to close
     linger: float = 2.0        # for a client to read its last answer
     connections: int = 500     # at once; more wait in the backlog
     large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
@@ -104,8 +105,8 @@ class Limits(NamedTuple):
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's at `calls` a second
     calls: int = 300           # to Graph at once: its own limit a second for a page
     idle_calls: int = 64       # connections to Graph that are kept open while idle
-    unused: float = 60.0       # after which an idle connection to Graph is not used any more
-    graph: float = 20.0        # for each socket operation of a call; Graph takes 0.1 to 1 as a rule
+    unused: float = 60.0       # after which an idle connection to Graph is no longer used
+    graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
     retry: float = 60.0        # from the first try of a reply until it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about ten
@@ -143,7 +144,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # -1 is refused below
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -176,7 +177,7 @@ WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
 
 
 class RequestError(ValueError):
-    """A request to be refused: `args` are the status and the line of text to answer, and for the log the reason."""
+    """A request to be refused: `args` are the status, the line to answer and, where it differs, the reason to log."""
 
 
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
@@ -207,7 +208,7 @@ def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None
 
 
 def parse_object(raw: bytes) -> Dict[str, Any]:
-    """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deep."""
+    """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deeply."""
     try:
         value = json.loads(raw.decode("utf-8"), parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
     except (ValueError, RecursionError):
@@ -221,7 +222,7 @@ class PendingReply:
     """A reply that is owed to an event, and what becomes of it."""
 
     def __init__(self, key: bytes, recipient: str, mid: str, message: Dict[str, Any]) -> None:
-        self.key = key              # tells its event from every other, in 16 bytes
+        self.key = key              # 16 bytes that identify its event
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid)  # for the log
         self.message = message      # what `reply` gets
@@ -255,7 +256,7 @@ def identity(party: Any) -> str:
 
 
 def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
-    """Return the reply owed to a person's message or postback, None to all else; raise ValueError if malformed."""
+    """Return the reply owed to a person's message or postback, else None; raise ValueError if it is malformed."""
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
     kind = "postback" if event.get("message") is None else "message"
@@ -308,7 +309,7 @@ def inside_character(text: str, at: int) -> bool:
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
-# They parse header fields as those of e-mail: that is slow, and accepts what RFC 9112 requires a server to refuse.
+# They parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 requires a server to refuse.
 
 CHUNKED = -1
 CLOSE = "Connection: close\r\n"
@@ -316,7 +317,7 @@ NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
 FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r?\n" % NAME)
 AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
-HOST = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
+HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 TEXTS = {  # what an answer says unless there is more to say
@@ -351,7 +352,7 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
         if length is not None or version == 0 or "chunked" in codings[:-1]:
-            raise RequestError(400, "It is ambiguous where the body ends: chunked comes last, without a length.")
+            raise RequestError(400, "Chunked must be the last coding, in HTTP/1.1, and excludes Content-Length.")
         if codings != ["chunked"]:
             raise RequestError(501, "The only transfer coding supported is chunked.")
         return CHUNKED
@@ -423,7 +424,7 @@ def explain(error: Mapping[str, Any]) -> str:
     """Return what Graph's error means and what to do; not Graph's own message, which may quote the token."""
     meaning = MEANINGS.get(error["code"], "see Meta's error codes")
     if "appsecret_proof" in str(error.get("message")):
-        meaning = "APP_SECRET is another app's than the token: copy both from the same app"
+        meaning = "APP_SECRET and the token belong to different apps: copy both from the same app"
     return "code %s, subcode %.40s: %s (fbtrace_id %.40s)" % (
         error["code"], error.get("error_subcode", "none"), meaning, error.get("fbtrace_id"))
 
@@ -438,12 +439,14 @@ class Response(http.client.HTTPResponse):
         """Read the status line and the header fields."""
         self.status, self.body = 100, b""
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
-            version, self.status, self.reason = self._read_status()  # type: ignore[attr-defined]
+            version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
         self.will_close = version != "HTTP/1.1" or "close" in self.headers.get("connection", "").lower()
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = self.headers.get("content-length", "")
-        self.length = 0 if self.status in (204, 304) else int(length) if length.isdigit() and not self.chunked else None
+        self.length = int(length) if length.isdigit() and not self.chunked else None
+        if self.status in (204, 304):
+            self.length = 0
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
@@ -463,7 +466,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
         self.idle: Dict[Any, List[Tuple[float, Any, Any]]] = collections.defaultdict(list)
 
     def https_open(self, req: urllib.request.Request) -> Any:
-        """Return the Response to an https request; the first one reads the certificates: 20 ms, and 1.5 MB."""
+        """Return the Response to an https request; the first loads the certificates (20 ms, 1.5 MB)."""
         with self.lock:
             self.context = self.context or ssl.create_default_context()
         return self.do_open(http.client.HTTPSConnection, req, context=self.context)
@@ -493,18 +496,18 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 response.body = response.read(BODY_BYTES)
                 if response.length:
                     raise http.client.IncompleteRead(response.body, response.length)
-            except OSError:  # some are ValueErrors too
+            except OSError:  # first, because an error of a certificate is a ValueError too
                 raise
             except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
                 raise OSError(type(error).__name__) from error
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
                     self.idle[key].append((self.clock(), connection, response.buffer))
-                    stack.pop_all()  # so neither is closed
+                    stack.pop_all()  # to keep both open
         return response
 
     def take(self, key: Any) -> Any:
-        """Return the idle connection last used that is still good, or None."""
+        """Return the most recently used idle connection that is still good, or None."""
         while True:
             with self.lock:
                 if not self.idle[key]:
@@ -513,7 +516,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
             connection.sock.settimeout(0)
             with buffer:
                 try:
-                    good = buffer.read(1) is None  # nothing came, nor the end of the connection
+                    good = buffer.read(1) is None  # neither data nor the end has arrived
                 except OSError as error:
                     good = isinstance(error, ssl.SSLWantReadError)
             if good and self.clock() - since < self.limits.unused:
@@ -558,7 +561,7 @@ class Graph:
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
 class Outbox:
-    """Sends the replies, in the threads of the deliveries that owe them.
+    """Sends the replies: the first of a delivery in the delivery's thread, the others in threads started for them.
 
     A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), is given up after a
     minute of temporary failures, or fails because `reply` raised.  Only settled ones are remembered.
@@ -570,9 +573,9 @@ class Outbox:
         self.pending: Dict[bytes, PendingReply] = {}    # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the last one pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = self.failed_at = float("-inf")  # when a series of nothing but failures began, and ended
+        self.failing_since = self.failed_at = float("-inf")  # since the last success: the first failure, the latest
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.stopped = threading.Event()                # ends the pauses between retries
+        self.stopped = threading.Event()                # set after the drain; ends the pauses between retries
 
     def settle(self, replies: Sequence[PendingReply]) -> int:
         """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, late_status()."""
@@ -583,9 +586,10 @@ class Outbox:
                 if owed.key not in self.settled:
                     unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
             new = [owed for key, owed in unsettled.items() if key not in self.pending]
-            if new and self.pending and len(self.pending) + len(new) > self.limits.pending:  # else it never would fit
+            # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
+            if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return self.late_status()
-            for owed in new:  # all at once, or else another delivery could overtake
+            for owed in new:  # still under the lock, or another delivery could get in between
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
@@ -598,16 +602,16 @@ class Outbox:
     def late_status(self) -> int:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
         now = self.clock()
-        if now - self.failing_since < self.limits.outage or now - self.failed_at >= self.limits.outage:
+        if now - self.failed_at >= self.limits.outage or now - self.failing_since < self.limits.outage:
             return 503
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", now - self.failing_since)
         return 200
 
     def send_all(self, replies: Sequence[PendingReply]) -> None:
         """Send the first reply in this thread, and each other in one of its own, as long as there are threads."""
-        started = 1
+        started = 1  # this one
         with contextlib.suppress(RuntimeError):  # there is no thread to be had
-            for owed in replies[1:self.limits.calls]:
+            for owed in replies[1:self.limits.calls]:  # no more threads than calls at once
                 _thread.start_new_thread(self.send, (owed,))
                 started += 1
         for owed in [*replies[:1], *replies[started:]]:
@@ -672,6 +676,7 @@ class Outbox:
                     self.failing_since = now
                 self.failed_at = now
                 left = until - now
+                # The last try comes at the limit
                 seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)
                 if left <= 0 or seconds > left:
                     raise
@@ -701,7 +706,7 @@ class Bot(http.server.ThreadingHTTPServer):
     """
 
     request_queue_size = BACKLOG
-    # Two servers must not share a port, as the first would let them on Windows, and the second in Python 3.14
+    # Two servers must not share a port, which allow_reuse_address permits on Windows; Python 3.14 sets allow_reuse_port
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
@@ -711,8 +716,9 @@ class Bot(http.server.ThreadingHTTPServer):
         super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
-        self.lock = threading.Lock()  # over the next two, and while a connection is ended
-        self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}  # of each open connection; None: it is ended
+        self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
+        # Of each connection that holds a place; None once it is ended, and its thread has still to close it
+        self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}
         self.stopping = False         # from then on idle connections are ended
 
     def server_bind(self) -> None:
@@ -724,11 +730,9 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
-        if len(self.deadlines) >= self.limits.connections:
-            self.end_longest_idle()
         try:
             if len(self.deadlines) >= self.limits.connections:
-                raise OSError("no place")
+                self.end_longest_idle()
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -738,7 +742,7 @@ class Bot(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread.  Thread.start would wait for it: for ever, where memory runs out."""
+        """Start a connection's thread.  Thread.start would wait until it runs: for ever, if memory runs out."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, seconds: float, status: int = 0, idle: bool = False) -> bool:
@@ -746,7 +750,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             if not self.deadlines.get(connection):
                 return False
-            del self.deadlines[connection]  # so that the last one set is the last
+            del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
             self.deadlines[connection] = Deadline(self.clock() + seconds, status, idle)
             return True
 
@@ -759,16 +763,18 @@ class Bot(http.server.ThreadingHTTPServer):
                     self.end(connection, deadline.status)
 
     def end_longest_idle(self) -> None:
-        """End the connection that has been idle longest, if one is idle, and free its place at once."""
+        """End the connection that has been idle longest, and free its place at once; raise OSError if none is idle."""
         with self.lock:
-            for connection in [each for each, deadline in self.deadlines.items() if deadline and deadline.idle][:1]:
-                self.end(connection, 0)
-                del self.deadlines[connection]
+            idle = [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
+            if not idle:
+                raise OSError("no place")
+            self.end(idle[0], 0)
+            del self.deadlines[idle[0]]
 
     def end(self, connection: socket.socket, status: int) -> None:
         """End a connection, after an answer with `status`, unless that is 0, if it can be sent without waiting."""
         self.deadlines[connection] = None
-        with contextlib.suppress(OSError):  # such as: the client does not read
+        with contextlib.suppress(OSError):  # for example, the client is not reading
             if status:
                 answer = self.outbox.late_status() if status == 503 else status
                 connection.setblocking(False)
@@ -791,15 +797,16 @@ class Bot(http.server.ThreadingHTTPServer):
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
     def drain(self) -> int:
-        """After `shutdown`, finish what is under way, within the limit; return how many replies are left."""
+        """Finish what is under way when the accept loop has ended, within the limit; return how many replies are left."""
         until = self.clock() + self.limits.drain
         self.server_close()
         self.stopping = True
         while (self.deadlines or self.outbox.pending) and self.clock() < until:
             self.service_actions()
             time.sleep(TICK)
+        left = len(self.outbox.pending)
         self.outbox.stopped.set()
-        return len(self.outbox.pending)
+        return left
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
@@ -849,7 +856,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
         self.path, _, self.query = AUTHORITY.sub("/", target, 1).partition("?")
         self.fields = read_fields(self.rfile)
-        if not HOST.fullmatch(self.fields.get("host", "/" if version else "")):  # "/" is no host
+        if version and "host" not in self.fields or not HOST_FIELD.fullmatch(self.fields.get("host", "")):
             raise RequestError(400, "Host is missing, malformed, or given twice.")
         self.body = self.read_body(version)
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
@@ -912,7 +919,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if errors:
             log.warning("skipped %d malformed events of a delivery; the first: %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
-        self.close_connection = self.close_connection or status == 503
+        self.close_connection = self.close_connection or status == 503  # as when the accept loop answers
         self.respond(status, TEXTS[status])
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -938,7 +945,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if self.server.set_deadline(self.connection, self.limits.linger):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
-                while self.rfile.read1(LARGE_BYTES):
+                while self.rfile.read1(64 * 1024):
                     pass
         super().finish()
 
@@ -1147,7 +1154,7 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
 
 
 def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> Iterator[Finding]:
-    """Yield what the public webhook answers, asked as Messenger asks, to what is right and to what is wrong."""
+    """Yield how the public webhook answers valid and invalid requests, made as Messenger makes them."""
     def ask(query: Optional[Dict[str, str]], **fields: str) -> Tuple[int, str]:
         target = url + "?" + urllib.parse.urlencode(query) if query else url
         response = call(urllib.request.Request(target, None if query else EMPTY, fields))
@@ -1181,7 +1188,7 @@ class LogFormatter(logging.Formatter):
     quote = False  # what an exception says, which may quote a message or a secret
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the lines."""
+        """Return the lines for a record."""
         lines = ["%s %s" % (record.levelname, record.getMessage())]
         if record.exc_info and record.exc_info[0]:
             kind, error, frames = record.exc_info

@@ -1140,7 +1140,7 @@ class Limits(BotTest):
         bot, whole = self.start_bot(limits={"connections": 1}), sized(b"{}", EXPECT)
         with self.assertLogs("echobot", "INFO") as logs:
             echobot.log.info("assertLogs wants a line")
-            for at in range(0, len(whole) + 1, 12):
+            for at in range(0, len(whole) + 1, 30):
                 for linger in b"\0" * 8, b"\1\0\0\0\0\0\0\0":  # closed, or reset
                     client = self.connect(bot, whole[:at])
                     client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
