@@ -797,7 +797,7 @@ class Bot(http.server.ThreadingHTTPServer):
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
     def drain(self) -> int:
-        """Finish what is under way when the accept loop has ended, within the limit; return how many replies are left."""
+        """After the accept loop, finish what is under way, within the limit; return how many replies are left."""
         until = self.clock() + self.limits.drain
         self.server_close()
         self.stopping = True

@@ -574,6 +574,7 @@ class Promise(BotTest):
         bot = self.start_bot(held(hold), clock=clock, limits={"connections": 2})
         first = self.connect(bot, signed_request(delivery(message())))
         bot.graph.calls.get(timeout=WAIT)
+        other_side, = bot.deadlines
         clock.advance(2)
         second = self.deliver_in_background(bot, delivery(message()))
         self.joined(bot, 2)
@@ -582,6 +583,7 @@ class Promise(BotTest):
         clock.advance(0.1)
         answer, = self.rest(first)
         self.assertEqual((answer.status, answer.fields["Connection"], second.empty()), (503, "close", True))
+        self.until(lambda: other_side.fileno() == -1)  # so does its file
         third = self.connect(bot, signed_request(delivery(message())))  # for which there is a place again
         self.joined(bot, 2)
         clock.advance(2)
