@@ -443,10 +443,8 @@ class Response(http.client.HTTPResponse):
             self.headers: Any = read_fields(self.fp)
         self.will_close = version != "HTTP/1.1" or "close" in self.headers.get("connection", "").lower()
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
-        length = self.headers.get("content-length", "")
+        length = "0" if self.status in (204, 304) else self.headers.get("content-length", "")
         self.length = int(length) if length.isdigit() and not self.chunked else None
-        if self.status in (204, 304):
-            self.length = 0
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
@@ -492,6 +490,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
                 response = Response(connection.sock, method=req.get_method())
                 stack.callback(response.fp.close)
+                stack.callback(response.close)  # before it
                 response.begin()
                 response.body = response.read(BODY_BYTES)
                 if response.length:
@@ -917,7 +916,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.body = b""
         self.turn.close()
         if errors:
-            log.warning("skipped %d malformed events of a delivery; the first: %s", len(errors), errors[0])
+            log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
         self.close_connection = self.close_connection or status == 503  # as when the accept loop answers
         self.respond(status, TEXTS[status])
@@ -932,8 +931,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if not self.server.set_deadline(self.connection, self.limits.linger):
             return
         if refusal:
-            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
-                    self.command or "a request", self.path, self.client_address[0], status, refusal)
+            request = "%s %.100s" % (self.command, self.path) if self.command else "a request"
+            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s from %s with %d: %s",
+                    request, self.client_address[0], status, refusal)
         self.close_connection = self.close_connection or self.server.stopping
         fields = CLOSE if self.close_connection else ""
         if status == 405:
@@ -1129,7 +1129,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
     if settings.page_access_token:
         yield from graph_findings(Graph(settings, opener, timeout))
     if url and not URL.fullmatch(url):
-        yield False, "URL", "", "not a URL: give one like https://example.com/webhook"
+        yield False, "URL", "", "not a plain http or https URL: give one like https://example.com/webhook"
     elif url:
         try:
             yield from webhook_findings(settings, url, functools.partial(opener.open, timeout=timeout))
@@ -1262,11 +1262,11 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever, which a signal handler cannot end
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping: finishing what is under way, within %g s; a second signal ends it at once", bot.limits.drain)
+    log.info("stopping within %g s; a further signal after %g s ends it at once", bot.limits.drain, SAME_SIGNAL)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
     with contextlib.suppress(OSError):
-        sys.stdout.flush()  # what `reply` has printed
+        print(end="", flush=True)  # what `reply` has printed
     os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
 
 

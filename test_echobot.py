@@ -442,7 +442,7 @@ class Events(BotTest):
                 self.assertEqual([line[:25] for level, line in lines if level != "INFO"], ["skipped 1 malformed event"])
         payload = {"object": "page", "entry": [{"messaging": [message(["private"]), "private"]}, 5, {"messaging": 5}]}
         _, [(_, line)] = self.logged(self.deliver, bot, payload)
-        self.assertRegex(line, "skipped 4 malformed events.* the text of its message is not a string$")
+        self.assertRegex(line, "skipped 4 malformed event.* the text of its message is not a string$")
 
     def test_a_body_that_is_not_a_json_object_is_answered_400_with_a_line_of_text(self):
         good = json.dumps(delivery(message("\xe9")), ensure_ascii=False)
@@ -1330,9 +1330,12 @@ class Process(subprocess.Popen):
                      if name not in VARIABLES and not name.lower().endswith("_proxy")}
         pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
         program = ["-c", code] if code else [os.path.join(FOLDER.name, "echobot.py"), *arguments]
+        path = os.pathsep.join([os.path.dirname(echobot.__file__), *sys.path])  # for what your `reply` imports
         super().__init__([*prefix, sys.executable, "-S", "-W", "error", *program], encoding="utf-8", cwd=FOLDER.name,
-                         env={**inherited, "PYTHONIOENCODING": "utf-8", **environ}, **{**pipes, **(options or {})})
+                         env={**inherited, "PYTHONIOENCODING": "utf-8", "PYTHONPATH": path, **environ},
+                         **{**pipes, **(options or {})})
         self.bound = threading.Timer(WAIT, self.kill)
+        self.bound.daemon = True
         self.bound.start()
         self.started.append(self)
         if self.stdin:
@@ -1366,7 +1369,7 @@ FOLDER = tempfile.TemporaryDirectory()
 def setUpModule():
     """Copy the program, for the processes: what the bot says there is `REPLY`."""
     with open(echobot.__file__, encoding="utf-8") as source:
-        program = re.sub(r"(?ms)^def reply\(.*?(?=^\S)", lambda match: REPLY, source.read())
+        program = re.sub(r"(?ms)^def reply\(.*?(?=^[^\s)])", lambda match: REPLY, source.read())
     with open(os.path.join(FOLDER.name, "echobot.py"), "w", encoding="utf-8") as copy:
         copy.write(program)
 
