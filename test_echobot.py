@@ -1105,15 +1105,15 @@ class Limits(BotTest):
         bot = self.start_bot(limits={"connections": 3, "answer": WAIT}, reply=lambda message: str(hold.wait(WAIT)))
         busy = self.deliver_in_background(bot, delivery(message()))
         self.until(lambda: bot.outbox.pending)
-        idle = []
-        for _ in range(2):
-            idle.append(self.connect(bot, NEXT))
-            self.one(idle[-1])
-            self.until(lambda: self.deadlines(bot, 0, idle=True) == len(idle))
+        first, second = self.connect(bot), self.connect(bot)
+        for client, idle in (first, 1), (second, 2), (first, 2):
+            client.sendall(NEXT)
+            self.one(client)
+            self.until(lambda: self.deadlines(bot, 0, idle=True) == idle)
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
-        self.assertEqual(self.rest(idle[0]), [])
-        idle[1].sendall(NEXT)
-        self.assertEqual(self.one(idle[1]).text, "next")
+        self.assertEqual(self.rest(second), [])
+        first.sendall(NEXT)
+        self.assertEqual(self.one(first).text, "next")
         others = [self.deliver_in_background(bot, delivery(message(mid="n_%d" % number))) for number in range(4)]
         self.until(lambda: len(bot.outbox.pending) == 3)
         self.assertLessEqual(len(bot.deadlines), 3)
