@@ -926,7 +926,8 @@ REFUSED = [(status, why, request) for status, requests in {
     "a b", "a/b", "a@b", "a:b", "a:1:2", "[::1", "::1", "[x]", "a?b", "a#b", "a\\b", "<a>", "\xe9", "a\xa0")
 }, **{"line %r" % line: get("/", "A: b", line) for line in (
     "X : y", "X\t: y", " X: folded", "\tfolded", " ", "no colon", ": no name", "X\x00: y", "X: a\x00b", "X: a\x0bb",
-    "X: a\rb", "X: y\r", "X:" + 8000 * " " + "\0", "X: \x7f", "X: \x1b[0m", "X: \x08", "X\x80: y", "X(y): z", "X y: z", '"X": y', "X,Y: z")
+    "X: a\rb", "X: y\r", "X: \x7f", "X: \x1b[0m", "X: \x08", "X\x80: y", "X(y): z", "X y: z", '"X": y', "X,Y: z",
+    "X:" + 8000 * " " + "\0")
 }, **{"garbage %r" % line: ask(line, HOST) for line in (
     "\x16\x03\x01\x02", "hello", "GET", "GET /", "GET / HTTP", "GET / HTTP/1", "GET / HTTP/1.1 x", "GET / HTTP/1.10",
     "GET / HTTP/2.0", "GET  / HTTP/1.1", "GET /  HTTP/1.1", " GET / HTTP/1.1", "GET\t/ HTTP/1.1", "GET / x HTTP/1.1",
@@ -1090,14 +1091,16 @@ class Limits(BotTest):
     def test_a_refused_client_that_does_not_close_and_one_that_does_not_read_lose_their_places(self):
         clock = Clock()
         bot = self.start_bot(clock=clock, limits={"connections": 1})
-        for wire in framed(), b"", NEXT * 50000:
+        for wire in framed(), b"", NEXT * 5000:
             client = self.connect(bot)
-            client.setblocking(False)
-            with contextlib.suppress(BlockingIOError):
-                client.send(wire)
+            self.until(lambda: bot.deadlines)
+            for end, buffer in (client, socket.SO_RCVBUF), (*bot.deadlines, socket.SO_SNDBUF):
+                end.setsockopt(socket.SOL_SOCKET, buffer, 4096)
+            client.sendall(wire)
             other = self.connect(bot, LAST)
             self.until(lambda: clock.advance(2.5) or select.select([other], [], [], 0.05)[0])
-            other.close()
+            self.rest(other)
+            self.until(lambda: not bot.deadlines)
 
     def test_the_connection_that_has_been_idle_longest_makes_room_and_where_none_is_idle_they_wait(self):
         self.assertEqual((echobot.Limits().connections, echobot.Limits().large), (500, 16))
