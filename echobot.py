@@ -174,6 +174,7 @@ def settings_errors(settings: Settings) -> Iterator[str]:
 # ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
 
 WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
+STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
 
 
 class RequestError(ValueError):
@@ -210,7 +211,7 @@ def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None
 def parse_object(raw: bytes) -> Dict[str, Any]:
     """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deeply."""
     try:
-        value = json.loads(raw.decode("utf-8"), parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
+        value = STRICT_JSON.decode(raw.decode("utf-8"))
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
