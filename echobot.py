@@ -493,7 +493,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 stack.callback(response.fp.close)
                 stack.callback(response.close)  # before it
                 response.begin()
-                response.body = response.read(BODY_BYTES)
+                known = BODY_BYTES if response.length is None else response.length
+                response.body = response.read(min(known, BODY_BYTES))  # Python 3.9 allocates what is asked for
                 if response.length:
                     raise http.client.IncompleteRead(response.body, response.length)
             except OSError:  # first, because an error of a certificate is a ValueError too
