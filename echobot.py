@@ -305,8 +305,9 @@ def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
     if text[at] in FLAG_LETTERS:  # a flag is two of them
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
-    # A joiner and what it joins; marks, variation selectors, further joiners and tags, skin tones
-    return text[at - 1] == "\u200d" or unicodedata.category(text[at]) in ("Mn", "Mc", "Me", "Cf", "Sk")
+    # A joiner and what it joins, a line's end, a surrogate pair; marks, selectors, further joiners and tags, skin tones
+    return (re.match("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]", text[at - 1:at + 1]) is not None
+            or unicodedata.category(text[at]) in ("Mn", "Mc", "Me", "Cf", "Sk"))
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
@@ -677,8 +678,7 @@ class Outbox:
                     self.failing_since = now
                 self.failed_at = now
                 left = until - now
-                # The last try comes at the limit
-                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)
+                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
                 if left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
@@ -997,12 +997,11 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         self.server.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
         text = json.loads(body)["message"]["text"]
         fault, self.server.fault = self.server.fault, ""
-        if fault == "/slow":
-            time.sleep(SLOW)
+        time.sleep(SLOW if fault == "/slow" else 0)
         error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
         if not self.path.endswith("/me/messages?" + self.server.credentials):
-            error = {"code": 190}
-        elif not text.strip() or len(pieces(text)) > 1:
+            error = {"code": 100 if self.server.credentials.split("&")[0] in self.path else 190}
+        elif not isinstance(text, str) or not text.strip() or len(pieces(text)) > 1:
             error = {"code": 100}
         status = 500 if fault == "/500" else 400 if error else 200
         answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
