@@ -438,8 +438,8 @@ class Response(http.client.HTTPResponse):
     """
 
     def begin(self) -> None:
-        """Read the status line and the header fields."""
-        self.status, self.body = 100, b""
+        """Read the answer, its body included; raise HTTPException if it is not whole."""
+        self.status = 100
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
             version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
@@ -447,6 +447,10 @@ class Response(http.client.HTTPResponse):
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = "0" if self.status in (204, 304) else self.headers.get("content-length", "")
         self.length = int(length) if length.isdigit() and not self.chunked else None
+        # Not simply BODY_BYTES: Python 3.9 allocates what is asked for
+        self.body = self.read(BODY_BYTES if self.length is None else min(self.length, BODY_BYTES))
+        if self.length:
+            raise http.client.IncompleteRead(self.body, self.length)
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
@@ -494,10 +498,6 @@ class KeepAliveHandler(urllib.request.HTTPHandler):
                 stack.callback(response.fp.close)
                 stack.callback(response.close)  # before it
                 response.begin()
-                known = BODY_BYTES if response.length is None else response.length
-                response.body = response.read(min(known, BODY_BYTES))  # Python 3.9 allocates what is asked for
-                if response.length:
-                    raise http.client.IncompleteRead(response.body, response.length)
             except OSError:  # first, because an error of a certificate is a ValueError too
                 raise
             except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
@@ -575,7 +575,7 @@ class Outbox:
         self.pending: Dict[bytes, PendingReply] = {}    # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the last one pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = self.failed_at = float("-inf")  # since the last success: the first failure, the latest
+        self.failing_since = float("inf")               # when Graph failed first since it last answered
         self.calls = threading.BoundedSemaphore(limits.calls)
         self.stopped = threading.Event()                # set after the drain; ends the pauses between retries
 
@@ -603,10 +603,10 @@ class Outbox:
 
     def late_status(self) -> int:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
-        now = self.clock()
-        if now - self.failed_at >= self.limits.outage or now - self.failing_since < self.limits.outage:
+        failing = self.clock() - self.failing_since
+        if failing < self.limits.outage:
             return 503
-        log.error("answering 200 although replies are unsent: Graph has failed for %d s", now - self.failing_since)
+        log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
         return 200
 
     def send_all(self, replies: Sequence[PendingReply]) -> None:
@@ -621,9 +621,9 @@ class Outbox:
 
     def send(self, owed: PendingReply) -> None:
         """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
-        if owed.previous:
-            owed.previous.wait()
         try:
+            if owed.previous:
+                owed.previous.wait()
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
@@ -667,16 +667,14 @@ class Outbox:
             try:
                 with self.calls:
                     graph.call("/me/messages", content)
-                self.failed_at = float("-inf")
+                self.failing_since = float("inf")
                 return
             except PermanentError:
-                self.failed_at = float("-inf")
+                self.failing_since = float("inf")
                 raise
             except TemporaryError as failure:
                 now = self.clock()
-                if now - self.failed_at >= self.limits.outage:  # after a success, or as long without a call
-                    self.failing_since = now
-                self.failed_at = now
+                self.failing_since = min(self.failing_since, now)
                 left = until - now
                 seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
                 if left <= 0 or seconds > left:
