@@ -61,7 +61,7 @@ from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoR
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
-Reply = Callable[[Mapping[str, Any]], Optional[str]]
+ReplyFunction = Callable[[Mapping[str, Any]], Optional[str]]
 Clock = Callable[[], float]
 Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; tests supply their own time
 
@@ -72,8 +72,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
-    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may be slow: it runs in many
-    threads at once, but never twice at once for the same person.  If it raises, the delivery is answered 500.
+    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may be slow, but must
+    return: many threads run it at once, but never two for one person.  If it raises, the delivery is answered 500.
     """
     return message.get("text") or "I can't echo this"
 
@@ -84,7 +84,7 @@ TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit f
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
-LARGE_BYTES = 64 * 1024      # a larger body waits for one of `Limits.large` places
+LARGE_BYTES = 64 * 1024      # larger bodies take turns, `Limits.large` at once
 BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
@@ -95,14 +95,14 @@ TICK = 0.05                  # s between two looks at the clock: small compared 
 class Limits(NamedTuple):
     """The limits that a test, `chat` or a small host may want smaller; times in seconds."""
 
-    answer: float = 4.0        # for a delivery: Messenger wants its answer within 5
+    answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router closes after 90, and must be the one to close
     linger: float = 2.0        # for a client to read its last answer
     connections: int = 500     # at once; more wait in the backlog
     large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
-    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's at `calls` a second
+    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's at Graph's limit
     calls: int = 300           # to Graph at once: its own limit a second for a page
     idle_calls: int = 64       # connections to Graph that are kept open while idle
     unused: float = 60.0       # after which an idle connection to Graph is no longer used
@@ -219,7 +219,7 @@ def parse_object(raw: bytes) -> Dict[str, Any]:
     return value
 
 
-class PendingReply:
+class OwedReply:
     """A reply that is owed to an event, and what becomes of it."""
 
     def __init__(self, key: bytes, recipient: str, mid: str, message: Dict[str, Any]) -> None:
@@ -232,7 +232,7 @@ class PendingReply:
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
 
 
-def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[PendingReply], List[str]]:
+def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
     replies, errors = [], []
     for entry in items(delivery, "entry") if delivery.get("object", "page") == "page" else []:
@@ -256,7 +256,7 @@ def identity(party: Any) -> str:
     return str(value) if type(value) in (str, int) else ""
 
 
-def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
+def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
     """Return the reply owed to a person's message or postback, else None; raise ValueError if it is malformed."""
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
@@ -275,7 +275,7 @@ def reply_owed(page: str, event: Any) -> Optional[PendingReply]:
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)  # old postbacks have no mid
     key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return PendingReply(key, sender, mid, dict(message, text=text))
+    return OwedReply(key, sender, mid, dict(message, text=text))
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
@@ -560,20 +560,20 @@ class Outbox:
     minute of temporary failures, or fails because `reply` raised.  Only settled ones are remembered.
     """
 
-    def __init__(self, reply: Reply, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
+    def __init__(self, reply: ReplyFunction, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
         self.reply, self.graph, self.limits, self.clock, self.wait = reply, graph, limits, clock, wait
         self.lock = threading.Lock()                    # over the next three
-        self.pending: Dict[bytes, PendingReply] = {}    # by key
+        self.pending: Dict[bytes, OwedReply] = {}    # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the last one pending to a person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.failing_since = float("inf")               # when Graph failed first since it last answered
         self.calls = threading.BoundedSemaphore(limits.calls)
         self.stopped = threading.Event()                # set after the drain; ends the pauses between retries
 
-    def settle(self, replies: Sequence[PendingReply]) -> int:
-        """Return the status for a delivery: 200 once its replies are settled, 500 if `reply` raised, late_status()."""
+    def settle(self, replies: Sequence[OwedReply]) -> int:
+        """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or late_status()."""
         until = self.clock() + self.limits.answer
-        unsettled: Dict[bytes, PendingReply] = {}
+        unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
             for owed in replies:
                 if owed.key not in self.settled:
@@ -600,17 +600,17 @@ class Outbox:
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
         return 200
 
-    def send_all(self, replies: Sequence[PendingReply]) -> None:
+    def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the first reply in this thread, and each other in one of its own, as long as there are threads."""
         started = 1  # this one
-        with contextlib.suppress(RuntimeError):  # there is no thread to be had
+        with contextlib.suppress(RuntimeError, MemoryError):  # there is no thread to be had
             for owed in replies[1:self.limits.calls]:  # no more threads than calls at once
                 _thread.start_new_thread(self.send, (owed,))
                 started += 1
         for owed in [*replies[:1], *replies[started:]]:
             self.send(owed)
 
-    def send(self, owed: PendingReply) -> None:
+    def send(self, owed: OwedReply) -> None:
         """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
         try:
             if owed.previous:
@@ -640,7 +640,7 @@ class Outbox:
                         self.settled.popitem(last=False)
             owed.done.set()
 
-    def send_text(self, owed: PendingReply, text: str) -> None:
+    def send_text(self, owed: OwedReply, text: str) -> None:
         """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
         if self.graph is None:
             log.info("dry run, would reply to %s: %s", owed.label, text)
@@ -650,7 +650,7 @@ class Outbox:
             self.send_piece(self.graph, owed, piece, began + self.limits.retry)
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - began) * 1000)
 
-    def send_piece(self, graph: Graph, owed: PendingReply, piece: str, until: float) -> None:
+    def send_piece(self, graph: Graph, owed: OwedReply, piece: str, until: float) -> None:
         """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
@@ -695,6 +695,7 @@ class Bot(http.server.ThreadingHTTPServer):
     start anew with each byte, and the thread of a late delivery is not reading.
     """
 
+    timeout = TICK
     request_queue_size = BACKLOG
     # Two servers must not share a port, which allow_reuse_address permits on Windows; Python 3.14 sets allow_reuse_port
     allow_reuse_address = os.name == "posix"
@@ -707,7 +708,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
-        # Of each connection that holds a place; None once it is ended, and its thread has still to close it
+        # Of each open connection; None once it has been ended, until its thread closes it
         self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}
         self.stopping = False         # from then on idle connections are ended
 
@@ -777,9 +778,9 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and give its place to another."""
-        request.close()
         with self.lock:
             self.deadlines.pop(request, None)
+        request.close()  # after that, or `end` could be given a file that is no longer this connection's
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: for example, because no thread could be started."""
@@ -941,7 +942,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         super().finish()
 
 
-def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = reply,
+def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
                 opener: Optional[urllib.request.OpenerDirector] = None,
                 clock: Clock = time.monotonic, wait: Wait = threading.Event.wait) -> Bot:
     """Return the bot, bound and not started; raise OSError if it cannot be bound."""
@@ -951,7 +952,7 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: Reply = re
     return Bot(settings, limits, Outbox(reply, graph, limits, clock, wait), clock)
 
 
-# ---- chat: a rehearsal on the real wire ----------------------------------------------------------------------------
+# ---- chat: talk to the bot on this machine -------------------------------------------------------------------------
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, more than twice that
@@ -982,7 +983,7 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
     server: Chat
 
     def do_POST(self) -> None:
-        """Answer a call, with the fault that is to be played or as it deserves."""
+        """Answer a call, with the fault that was asked for, or as it deserves."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
         text = json.loads(body)["message"]["text"]
@@ -994,11 +995,11 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         elif not isinstance(text, str) or not text.strip() or len(pieces(text)) > 1:
             error = {"code": 100}
         status = 500 if fault == "/500" else 400 if error else 200
-        answer = json.dumps({"error": {**error, "message": "played", "type": "OAuthException", "fbtrace_id": "played"}}
+        answer = json.dumps({"error": {**error, "message": "fake", "type": "OAuthException", "fbtrace_id": "fake"}}
                             if error else {"recipient_id": PERSON, "message_id": "m_out"})
         self.server.show("Graph > bot", "HTTP/1.1 %d" % status, answer)
         if not error:
-            self.server.hear(text)
+            self.server.print_reply(text)
         self.wfile.write(encode_answer(status, answer, ""))
 
 
@@ -1017,7 +1018,7 @@ class Chat(socketserver.ThreadingTCPServer):
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
         self.note = functools.partial(print, file=sys.stderr, flush=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
-        self.body, self.fault, self.sent, self.heard, self.showing = b"{}", "", 0, 0, False
+        self.body, self.fault, self.sent, self.replies, self.showing = b"{}", "", 0, 0, False
         for server in self, bot:
             threading.Thread(target=server.serve_forever, args=(TICK,), daemon=True).start()
 
@@ -1060,7 +1061,7 @@ class Chat(socketserver.ThreadingTCPServer):
     def deliver(self, signed: bool) -> None:
         """Deliver `body` as Messenger does: until the answer is not 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
-        heard, status = self.heard, 503
+        replies = self.replies
         for _ in range(200):  # in a minute; Messenger goes on for an hour
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *["%s: %s" % field for field in fields.items()],
                       self.body.decode())
@@ -1072,12 +1073,12 @@ class Chat(socketserver.ThreadingTCPServer):
             self.note("(the bot answered 503 because the reply is not settled yet; Messenger redelivers)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, text))
-        elif self.heard == heard:
+        elif self.replies == replies:
             self.note("(the bot answered 200, and there is no reply)")
 
-    def hear(self, text: str) -> None:
+    def print_reply(self, text: str) -> None:
         """Print what the bot says."""
-        self.heard += 1
+        self.replies += 1
         try:
             print(("bot> " if self.terminal else "") + text, flush=True)
         except BrokenPipeError:
@@ -1218,19 +1219,11 @@ def serve(environ: Mapping[str, str]) -> int:
               "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
     log.setLevel(settings.log_level)
+    threading.stack_size(STACK_BYTES)
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+        # Python's threads take turns: on one processor they handle nearly twice as much as on two
+        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     return run_until_signal(bot)
-
-
-def announce(settings: Settings, port: int) -> None:
-    """Log the address, the mode, and what is missing."""
-    host = "[%s]" % settings.host if ":" in settings.host else settings.host
-    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, port)
-    if settings.page_access_token:
-        log.info("live: replies go to %s", settings.graph_url)
-    else:
-        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
-    if not settings.app_secret:
-        log.warning("anybody can post deliveries until APP_SECRET is set")
 
 
 def run_until_signal(bot: Bot) -> NoReturn:
@@ -1244,12 +1237,14 @@ def run_until_signal(bot: Bot) -> NoReturn:
 
     for number in signal.SIGINT, signal.SIGTERM:
         signal.signal(number, on_signal)
-    announce(bot.settings, bot.server_port)
-    threading.stack_size(STACK_BYTES)
-    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        # Python's threads take turns: on one processor they handle nearly twice as much as on two
-        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-    bot.timeout = TICK
+    host = "[%s]" % bot.settings.host if ":" in bot.settings.host else bot.settings.host
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
+    if bot.settings.page_access_token:
+        log.info("live: replies go to %s", bot.settings.graph_url)
+    else:
+        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
+    if not bot.settings.app_secret:
+        log.warning("anybody can post deliveries until APP_SECRET is set")
     while not signals:  # not serve_forever, which a signal handler cannot end
         bot.handle_request()
         bot.service_actions()

@@ -1649,7 +1649,7 @@ class Chat(BotTest):
     def test_its_graph_refuses_what_graph_refuses(self):
         said = queue.Queue()
         graph = http.server.HTTPServer(("127.0.0.1", 0), echobot.FakeGraph)
-        vars(graph).update(fault="", credentials=CREDENTIALS, hear=said.put, show=lambda *_: None)
+        vars(graph).update(fault="", credentials=CREDENTIALS, print_reply=said.put, show=lambda *_: None)
         self.addCleanup(graph.server_close)
         self.addCleanup(graph.shutdown)
         threading.Thread(target=graph.serve_forever, args=(0.01,), daemon=True).start()
