@@ -432,14 +432,14 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer as http.client reads it, but with the header fields of `read_fields`, and a buffer that outlives it.
+    """An answer as http.client reads it, but whole, with `read_fields`, and with a buffer that is kept.
 
     Bytes that are left in the buffer came after the answer, and the connection must not be reused.
     """
 
     def begin(self) -> None:
-        """Read the answer, its body included; raise HTTPException if it is not whole."""
-        self.status = 100
+        """Read the answer, its body included; raise HTTPException or RequestError if it is malformed or cut off."""
+        self.buffer, self.status = self.fp, 100
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
             version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
@@ -447,13 +447,13 @@ class Response(http.client.HTTPResponse):
         self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
         length = "0" if self.status in (204, 304) else self.headers.get("content-length", "")
         self.length = int(length) if length.isdigit() and not self.chunked else None
-        # Not simply BODY_BYTES: Python 3.9 allocates what is asked for
-        self.body = self.read(BODY_BYTES if self.length is None else min(self.length, BODY_BYTES))
+        known = BODY_BYTES if self.length is None else self.length
+        self.body = self.read(min(known, BODY_BYTES))  # Python 3.9 allocates what is asked for
         if self.length:
             raise http.client.IncompleteRead(self.body, self.length)
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
-        self.buffer, self.fp = self.fp, None  # type: ignore[assignment]
+        self.fp = None  # type: ignore[assignment]
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -462,7 +462,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, limits: Limits, clock: Clock) -> None:
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
         self.limits, self.clock = limits, clock
-        self.lock = threading.Lock()  # over the next
+        self.lock = threading.Lock()  # over `idle`
         # By (type, host, tunnel): (idle since, connection, buffer), the one last used last
         self.idle: Dict[Any, List[Tuple[float, Any, Any]]] = collections.defaultdict(list)
 
@@ -476,23 +476,27 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         data: Any = req.data or b""
         key = req.type, req.host, tunnel
+        try:
+            connection = self.take(key)
+            if connection is None:
+                connection = http_class(req.host, timeout=req.timeout, **options)
+                if tunnel:
+                    connection.set_tunnel(tunnel, headers=for_proxy)
+            return self.exchange(key, connection, head.encode("latin-1") + data)
+        except OSError:  # first, because an error of a certificate is a ValueError too
+            raise
+        except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
+            raise OSError(type(error).__name__) from error
+
+    def exchange(self, key: Any, connection: Any, request: bytes) -> Response:
+        """Return the Response to `request`; keep the connection open if it can be used again."""
         with contextlib.ExitStack() as stack:
-            try:
-                connection = self.take(key)
-                if connection is None:
-                    connection = http_class(req.host, timeout=req.timeout, **options)
-                    if tunnel:
-                        connection.set_tunnel(tunnel, headers=for_proxy)
-                stack.callback(connection.close)
-                connection.send(head.encode("latin-1") + data)  # connects; in one write, where `request` makes two
-                response = Response(connection.sock, method=req.get_method())
-                stack.callback(response.fp.close)
-                stack.callback(response.close)  # before it
-                response.begin()
-            except OSError:  # first, because an error of a certificate is a ValueError too
-                raise
-            except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
-                raise OSError(type(error).__name__) from error
+            stack.callback(connection.close)
+            connection.send(request)  # connects; in one write, where http.client's `request` makes two
+            response = Response(connection.sock)
+            stack.callback(response.fp.close)
+            stack.callback(response.close)  # first, because it flushes that file
+            response.begin()
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
                     self.idle[key].append((self.clock(), connection, response.buffer))
