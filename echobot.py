@@ -683,11 +683,10 @@ class Outbox:
 # ---- The server ----------------------------------------------------------------------------------------------------
 
 class Deadline(NamedTuple):
-    """How long a connection may stay as it is."""
+    """How long a connection may stay in its state: "request", "answer", "linger" or "idle", as `Limits` names them."""
 
-    when: float         # by the clock
-    status: int         # to answer then; 0 if nothing is owed
-    idle: bool = False  # whether it waits for a next request, so that nothing is lost if it is closed
+    when: float  # by the clock
+    state: str
 
 
 class Bot(http.server.ThreadingHTTPServer):
@@ -733,20 +732,20 @@ class Bot(http.server.ThreadingHTTPServer):
             time.sleep(TICK)  # or the loop would spin
             raise
         with self.lock:
-            self.deadlines[connection] = Deadline(self.clock() + self.limits.request, 408)
+            self.deadlines[connection] = Deadline(self.clock() + self.limits.request, "request")
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start a connection's thread.  Thread.start would wait until it runs: for ever, if memory runs out."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
-    def set_deadline(self, connection: socket.socket, seconds: float, status: int = 0, idle: bool = False) -> bool:
-        """Replace a connection's deadline; return False if it has passed, and the connection was ended."""
+    def set_deadline(self, connection: socket.socket, state: str) -> bool:
+        """Replace a connection's deadline by its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
             if not self.deadlines.get(connection):
                 return False
             del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
-            self.deadlines[connection] = Deadline(self.clock() + seconds, status, idle)
+            self.deadlines[connection] = Deadline(self.clock() + getattr(self.limits, state), state)
             return True
 
     def service_actions(self) -> None:
@@ -754,29 +753,29 @@ class Bot(http.server.ThreadingHTTPServer):
         now = self.clock()
         with self.lock:
             for connection, deadline in list(self.deadlines.items()):
-                if deadline and (deadline.when <= now or deadline.idle and self.stopping):
-                    self.end(connection, deadline.status)
+                if deadline and (deadline.when <= now or deadline.state == "idle" and self.stopping):
+                    self.end(connection, deadline.state)
 
     def end_longest_idle(self) -> None:
         """End the connection that has been idle longest, and free its place at once; raise OSError if none is idle."""
         with self.lock:
-            idle = [connection for connection, deadline in self.deadlines.items() if deadline and deadline.idle]
+            idle = [each for each, deadline in self.deadlines.items() if deadline and deadline.state == "idle"]
             if not idle:
                 raise OSError("no place")
-            self.end(idle[0], 0)
+            self.end(idle[0], "idle")
             del self.deadlines[idle[0]]
 
-    def end(self, connection: socket.socket, status: int) -> None:
-        """End a connection, after an answer with `status`, unless that is 0, if it can be sent without waiting."""
+    def end(self, connection: socket.socket, state: str) -> None:
+        """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
         self.deadlines[connection] = None
         with contextlib.suppress(OSError):  # for example, the client is not reading
-            if status:
-                answer = self.outbox.late_status() if status == 503 else status
+            if state in ("request", "answer"):
+                status = 408 if state == "request" else self.outbox.late_status()
                 connection.setblocking(False)
-                connection.send(encode_answer(answer, TEXTS[answer]))
+                connection.send(encode_answer(status, TEXTS[status]))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
-        if status == 503:  # that thread is sending, and `close` would leave the file open as long as it does
+        if state == "answer":  # that thread is sending, and `close` would leave the file open as long as it does
             del self.deadlines[connection]
             socket.close(connection.detach())
 
@@ -814,12 +813,11 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def handle(self) -> None:
         """Answer one request after another; the first one's time began with the connection."""
-        self.limits = self.server.limits
         self.handle_one_request()
         while (not self.close_connection
-               and self.server.set_deadline(self.connection, self.limits.idle, idle=True)
+               and self.server.set_deadline(self.connection, "idle")
                and self.rfile.peek(1)
-               and self.server.set_deadline(self.connection, self.limits.request, 408)):
+               and self.server.set_deadline(self.connection, "request")):
             self.handle_one_request()
 
     def handle_one_request(self) -> None:
@@ -904,7 +902,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Answer a delivery 200 when every reply that it owes is settled."""
-        if not self.server.set_deadline(self.connection, self.limits.answer, 503):
+        if not self.server.set_deadline(self.connection, "answer"):
             return
         if self.server.settings.app_secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
@@ -924,7 +922,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, status: int, text: str, refusal: str = "") -> None:
         """Answer the request, in one write, unless it was answered at its deadline."""
-        if not self.server.set_deadline(self.connection, self.limits.linger):
+        if not self.server.set_deadline(self.connection, "linger"):
             return
         if refusal:
             request = "%s %.100s" % (self.command, self.path) if self.command else "a request"
@@ -938,7 +936,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def finish(self) -> None:
         """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
-        if self.server.set_deadline(self.connection, self.limits.linger):
+        if self.server.set_deadline(self.connection, "linger"):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
                 while self.rfile.read1(64 * 1024):

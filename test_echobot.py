@@ -280,7 +280,8 @@ class BotTest(Client, unittest.TestCase):
 
     def deadlines(self, bot, status, idle=False):
         """Return how many connections have such a deadline."""
-        return sum(bool(each) and each[1:] == (status, idle) for each in [*bot.deadlines.values()])
+        state = "idle" if idle else {408: "request", 503: "answer"}[status]
+        return sum(bool(each) and each.state == state for each in [*bot.deadlines.values()])
 
     def until(self, condition):
         """Wait until `condition()` holds."""
