@@ -912,7 +912,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if errors:
             log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
         status = self.server.outbox.settle(replies)
-        self.close_connection = self.close_connection or status == 503  # as when the accept loop answers
         self.respond(status, TEXTS[status])
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
@@ -928,7 +927,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             request = "%s %.100s" % (self.command, self.path) if self.command else "a request"
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s from %s with %d: %s",
                     request, self.client_address[0], status, refusal)
-        self.close_connection = self.close_connection or self.server.stopping
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as at the deadline
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
