@@ -85,7 +85,6 @@ LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # larger bodies take turns, `Limits.large` at once
-BACKLOG = 1024               # connections that wait to be accepted; the default of 5 loses bursts
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
 SAME_SIGNAL = 1.0            # s in which a further signal counts as the first: Heroku may send SIGTERM twice
@@ -699,7 +698,7 @@ class Bot(http.server.ThreadingHTTPServer):
     """
 
     timeout = TICK
-    request_queue_size = BACKLOG
+    request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
     # Two servers must not share a port, which allow_reuse_address permits on Windows; Python 3.14 sets allow_reuse_port
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
@@ -726,7 +725,12 @@ class Bot(http.server.ThreadingHTTPServer):
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
         try:
             if len(self.deadlines) >= self.limits.connections:
-                self.end_longest_idle()
+                with self.lock:
+                    idle = [each for each, deadline in self.deadlines.items() if deadline and deadline.state == "idle"]
+                    if not idle:
+                        raise OSError("no place")
+                    self.end(idle[0], "idle")  # which has been idle longest
+                    del self.deadlines[idle[0]]
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -755,15 +759,6 @@ class Bot(http.server.ThreadingHTTPServer):
             for connection, deadline in list(self.deadlines.items()):
                 if deadline and (deadline.when <= now or deadline.state == "idle" and self.stopping):
                     self.end(connection, deadline.state)
-
-    def end_longest_idle(self) -> None:
-        """End the connection that has been idle longest, and free its place at once; raise OSError if none is idle."""
-        with self.lock:
-            idle = [each for each, deadline in self.deadlines.items() if deadline and deadline.state == "idle"]
-            if not idle:
-                raise OSError("no place")
-            self.end(idle[0], "idle")
-            del self.deadlines[idle[0]]
 
     def end(self, connection: socket.socket, state: str) -> None:
         """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
