@@ -321,12 +321,7 @@ AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
 HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
-TEXTS = {  # what an answer says unless there is more to say
-    200: "ok",
-    408: "The request did not arrive whole in time.",
-    500: "Internal error. Please retry.",
-    503: "The replies are not settled yet. Please retry.",
-}
+TEXTS: Dict[int, str] = {**http.client.responses, 200: "ok"}  # what an answer says unless there is more to say
 
 
 def read_fields(file: Any) -> Dict[str, str]:
@@ -828,7 +823,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 self.close_connection = True
             except Exception:
                 log.exception("a bug in %s %s", self.command, self.path)
-                self.send_error(500, TEXTS[500])
+                self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
 
     def parse_request(self) -> bool:
@@ -911,7 +906,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Refuse a request, and log the reason."""
-        message = message or http.client.responses[code]
+        message = message or TEXTS[code]
         self.respond(code, message, explain or message)
 
     def respond(self, status: int, text: str, refusal: str = "") -> None:
