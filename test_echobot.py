@@ -278,9 +278,8 @@ class BotTest(Client, unittest.TestCase):
         close_idle(bot.opener)
         return bot.left
 
-    def deadlines(self, bot, status, idle=False):
-        """Return how many connections have such a deadline."""
-        state = "idle" if idle else {408: "request", 503: "answer"}[status]
+    def deadlines(self, bot, state):
+        """Return how many connections are in `state`."""
         return sum(bool(each) and each.state == state for each in [*bot.deadlines.values()])
 
     def until(self, condition):
@@ -553,7 +552,7 @@ class Promise(BotTest):
 
     def joined(self, bot, number):
         """Wait until so many deliveries are being answered."""
-        self.until(lambda: self.deadlines(bot, 503) == number)
+        self.until(lambda: self.deadlines(bot, "answer") == number)
 
     def test_a_delivery_is_answered_200_when_graph_has_accepted_its_reply_or_refused_it_permanently(self):
         for answer, level, words in (ACCEPTED, "INFO", "replied to"), (graph_error(100), "ERROR", "code 100.*TR4CE"):
@@ -1061,7 +1060,7 @@ class Limits(BotTest):
         begun = [b"", b"\r\n", b"POST / HTTP/1.1", framed(CHUNKED, body=b""), framed(CHUNKED, body=b"63\r\n{"),
                  framed()[:-20], framed(CHUNKED, body=b"0\r\nA: b"), framed("Content-Length: 99", body=b"{")]
         clients = [self.connect(bot, data) for data in begun]
-        self.until(lambda: self.deadlines(bot, 408) == len(begun))
+        self.until(lambda: self.deadlines(bot, "request") == len(begun))
         for _ in range(18):
             clock.advance(0.5)
             for client in clients[1:]:
@@ -1078,7 +1077,7 @@ class Limits(BotTest):
         bot = self.start_bot(clock=clock)
         idle, used = self.connect(bot, NEXT), self.connect(bot, NEXT)
         self.assertEqual([self.one(client).text for client in (idle, used)], ["next", "next"])
-        self.until(lambda: self.deadlines(bot, 0, idle=True) == 2)
+        self.until(lambda: self.deadlines(bot, "idle") == 2)
         clock.advance(119)
         used.sendall(framed("Content-Length: 30", EXPECT, body=b""))
         self.assertEqual(self.one(used).status, 100)
@@ -1114,7 +1113,7 @@ class Limits(BotTest):
         for client, idle in (first, 1), (second, 2), (first, 2):
             client.sendall(NEXT)
             self.one(client)
-            self.until(lambda: self.deadlines(bot, 0, idle=True) == idle)
+            self.until(lambda: self.deadlines(bot, "idle") == idle)
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual(self.rest(second), [])
         first.sendall(NEXT)
@@ -1137,7 +1136,7 @@ class Limits(BotTest):
         first.sendall(body[999:])
         self.assertEqual([answer.status for answer in self.rest(second)], [200])
         late = [self.connect(bot, framed(large)) for _ in range(2)]
-        self.until(lambda: self.deadlines(bot, 408) == 2)
+        self.until(lambda: self.deadlines(bot, "request") == 2)
         self.until(lambda: not bot.large.acquire(blocking=False) or bot.large.release())
         clock.advance(10)
         self.assertEqual([answer.status for client in late for answer in self.rest(client)], [408, 408])
@@ -1209,7 +1208,7 @@ class Draining(BotTest):
         bot = self.start_bot(clock=clock, limits={"drain": 25})
         used, late, silent = self.connect(bot, NEXT), self.connect(bot, LAST[:30]), self.connect(bot)
         self.assertEqual(self.one(used).text, "next")
-        self.until(lambda: (self.deadlines(bot, 0, idle=True), self.deadlines(bot, 408)) == (1, 2))
+        self.until(lambda: (self.deadlines(bot, "idle"), self.deadlines(bot, "request")) == (1, 2))
         left = self.stop_in_background(bot)
         self.assertEqual(self.rest(used), [])
         late.sendall(LAST[30:])
