@@ -801,17 +801,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     rfile: Any
     raw_requestline: bytes
 
-    def handle(self) -> None:
-        """Answer one request after another; the first one's time began with the connection."""
-        self.handle_one_request()
-        while (not self.close_connection
-               and self.server.set_deadline(self.connection, "idle")
-               and self.rfile.peek(1)
-               and self.server.set_deadline(self.connection, "request")):
-            self.handle_one_request()
-
     def handle_one_request(self) -> None:
-        """Answer a request, whatever happens."""
+        """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request has been read whole, it is in doubt where it ends
         self.command = self.path = ""
         with contextlib.ExitStack() as self.turn:  # of a large body; do_POST ends it earlier
@@ -825,6 +816,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 log.exception("a bug in %s %s", self.command, self.path)
                 self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
+        if not self.close_connection:
+            self.close_connection = not (self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
+                                         and self.server.set_deadline(self.connection, "request"))
 
     def parse_request(self) -> bool:
         """Read the request, its body included, and return True; raise RequestError if it is refused."""
