@@ -438,13 +438,10 @@ class Response(http.client.HTTPResponse):
             version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
         self.will_close = version != "HTTP/1.1" or "close" in self.headers.get("connection", "").lower()
-        self.chunked, self.chunk_left = "chunked" in self.headers.get("transfer-encoding", "").lower(), None
-        length = "0" if self.status in (204, 304) else self.headers.get("content-length", "")
-        self.length = int(length) if length.isdigit() and not self.chunked else None
-        known = BODY_BYTES if self.length is None else self.length
-        self.body = self.read(min(known, BODY_BYTES))  # Python 3.9 allocates what is asked for
-        if self.length:
-            raise http.client.IncompleteRead(self.body, self.length)
+        length = 0 if self.status in (204, 304) else body_length(self.headers, 1)
+        self.chunked, self.chunk_left = length == CHUNKED, None
+        self.length = None if self.chunked else length
+        self.body = self.read(BODY_BYTES) if self.length is None else self.read()
 
     def _close_conn(self) -> None:  # which http.client calls at the end of the answer
         self.fp = None  # type: ignore[assignment]
