@@ -801,7 +801,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request has been read whole, it is in doubt where it ends
-        self.command = self.path = ""
+        self.command = self.path = "-"  # for the log, until they are known
         with contextlib.ExitStack() as self.turn:  # of a large body; do_POST ends it earlier
             try:
                 super().handle_one_request()
@@ -905,9 +905,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if not self.server.set_deadline(self.connection, "linger"):
             return
         if refusal:
-            request = "%s %.100s" % (self.command, self.path) if self.command else "a request"
-            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s from %s with %d: %s",
-                    request, self.client_address[0], status, refusal)
+            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
+                    self.command, self.path, self.client_address[0], status, refusal)
         self.close_connection = self.close_connection or self.server.stopping or status == 503  # as at the deadline
         fields = CLOSE if self.close_connection else ""
         if status == 405:
