@@ -372,14 +372,11 @@ def encode_answer(status: int, text: str, fields: str = CLOSE, head_only: bool =
 
 # ---- Graph ---------------------------------------------------------------------------------------------------------
 
-class TemporaryError(Exception):
-    """A call that failed and may succeed when retried."""
+class GraphError(Exception):
+    """A call that failed, or that Graph has refused."""
 
+    temporary = True   # whether it may succeed when retried
     retry_after = 0.0  # s, if Graph said so
-
-
-class PermanentError(Exception):
-    """Graph's refusal of a call."""
 
 
 TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
@@ -397,7 +394,7 @@ MEANINGS: Dict[Any, str] = {
 
 
 def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict[str, Any]:
-    """Return Graph's answer; raise TemporaryError or PermanentError if it has not done what was asked."""
+    """Return Graph's answer; raise GraphError if it has not done what was asked."""
     try:
         answer = parse_object(body)
     except RequestError:
@@ -406,11 +403,11 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
         return answer
     error: Any = answer.get("error")
     if not isinstance(error, dict) or not isinstance(error.get("code"), int):
-        failure = TemporaryError("HTTP status %d, and not from Graph: check GRAPH_URL and the proxy" % status)
-    elif status >= 500 or status == 429 or error.get("is_transient") or error["code"] in TEMPORARY_CODES:
-        failure = TemporaryError(explain(error))
+        failure = GraphError("HTTP status %d, and not from Graph: check GRAPH_URL and the proxy" % status)
     else:
-        raise PermanentError(explain(error))
+        failure = GraphError(explain(error))
+        failure.temporary = bool(status >= 500 or status == 429 or error.get("is_transient")
+                                 or error["code"] in TEMPORARY_CODES)
     if re.fullmatch("[0-9]{1,6}", headers.get("retry-after", "")):
         failure.retry_after = float(headers["retry-after"])
     raise failure
@@ -534,15 +531,15 @@ class Graph:
         self.credentials = urllib.parse.urlencode(query)
 
     def call(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
-        """Return Graph's answer; raise TemporaryError or PermanentError if it did not do what was asked."""
+        """Return Graph's answer; raise GraphError if it did not do what was asked."""
         url = "%s%s%s%s" % (self.url, path, "&" if "?" in path else "?", self.credentials)
         body = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
             response = self.opener.open(request, timeout=self.timeout)
         except OSError as error:
-            raise TemporaryError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
-                                 % error) from error
+            raise GraphError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
+                             % error) from error
         return parse_response(response.status, response.headers, response.body)
 
 
@@ -616,11 +613,9 @@ class Outbox:
             if text:
                 self.send_text(owed, text)
             owed.status = 200
-        except TemporaryError as failure:
-            log.error("gave up the reply to %s: %s", owed.label, failure)
-        except PermanentError as refusal:
-            owed.status = 200
-            log.error("Graph refused the reply to %s: %s", owed.label, refusal)
+        except GraphError as failure:
+            owed.status, outcome = (503, "gave up") if failure.temporary else (200, "Graph refused")
+            log.error("%s the reply to %s: %s", outcome, owed.label, failure)
         except BaseException:  # SystemExit too: it must not end the thread before the delivery is answered
             owed.status = 500
             log.exception("reply failed for %s", owed.label)
@@ -636,7 +631,7 @@ class Outbox:
             owed.done.set()
 
     def send_text(self, owed: OwedReply, text: str) -> None:
-        """Send a text in as many messages as it needs; raise TemporaryError or PermanentError if Graph refuses one."""
+        """Send a text in as many messages as it needs; raise GraphError if Graph refuses one."""
         if self.graph is None:
             log.info("dry run, would reply to %s: %s", owed.label, text)
             return
@@ -646,7 +641,7 @@ class Outbox:
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - began) * 1000)
 
     def send_piece(self, graph: Graph, owed: OwedReply, piece: str, until: float) -> None:
-        """Send one message, with retries until `until`; raise TemporaryError or PermanentError if Graph refuses it."""
+        """Send one message, with retries until `until`; raise GraphError if Graph refuses it."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
         while True:
@@ -655,15 +650,12 @@ class Outbox:
                     graph.call("/me/messages", content)
                 self.failing_since = float("inf")
                 return
-            except PermanentError:
-                self.failing_since = float("inf")
-                raise
-            except TemporaryError as failure:
+            except GraphError as failure:
                 now = self.clock()
-                self.failing_since = min(self.failing_since, now)
+                self.failing_since = min(self.failing_since, now) if failure.temporary else float("inf")
                 left = until - now
                 seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
-                if left <= 0 or seconds > left:
+                if not failure.temporary or left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
                 if self.wait(self.stopped, seconds):
@@ -673,11 +665,7 @@ class Outbox:
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
-class Deadline(NamedTuple):
-    """How long a connection may stay in its state: "request", "answer", "linger" or "idle", as `Limits` names them."""
-
-    when: float  # by the clock
-    state: str
+ENDED = float("inf"), "ended"  # the deadline and state of a connection that its thread has still to close
 
 
 class Bot(http.server.ThreadingHTTPServer):
@@ -702,8 +690,8 @@ class Bot(http.server.ThreadingHTTPServer):
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
-        # Of each open connection; None once it has been ended, until its thread closes it
-        self.deadlines: Dict[socket.socket, Optional[Deadline]] = {}
+        # Of each open connection: (deadline, state), where a state has the name of its limit
+        self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}
         self.stopping = False         # from then on idle connections are ended
 
     def server_bind(self) -> None:
@@ -718,7 +706,7 @@ class Bot(http.server.ThreadingHTTPServer):
         try:
             if len(self.deadlines) >= self.limits.connections:
                 with self.lock:
-                    idle = [each for each, deadline in self.deadlines.items() if deadline and deadline.state == "idle"]
+                    idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
                         raise OSError("no place")
                     self.end(idle[0], "idle")  # which has been idle longest
@@ -728,7 +716,7 @@ class Bot(http.server.ThreadingHTTPServer):
             time.sleep(TICK)  # or the loop would spin
             raise
         with self.lock:
-            self.deadlines[connection] = Deadline(self.clock() + self.limits.request, "request")
+            self.deadlines[connection] = self.clock() + self.limits.request, "request"
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -738,23 +726,23 @@ class Bot(http.server.ThreadingHTTPServer):
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
         """Replace a connection's deadline by its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
-            if not self.deadlines.get(connection):
+            if self.deadlines.get(connection, ENDED) is ENDED:
                 return False
             del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
-            self.deadlines[connection] = Deadline(self.clock() + getattr(self.limits, state), state)
+            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state
             return True
 
     def service_actions(self) -> None:
         """End the connections whose deadline has passed; the accept loop calls this in each turn."""
         now = self.clock()
         with self.lock:
-            for connection, deadline in list(self.deadlines.items()):
-                if deadline and (deadline.when <= now or deadline.state == "idle" and self.stopping):
-                    self.end(connection, deadline.state)
+            for connection, (deadline, state) in list(self.deadlines.items()):
+                if deadline <= now or state == "idle" and self.stopping:
+                    self.end(connection, state)
 
     def end(self, connection: socket.socket, state: str) -> None:
         """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
-        self.deadlines[connection] = None
+        self.deadlines[connection] = ENDED
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.late_status()
@@ -1122,7 +1110,7 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
         fields = sorted({str(field) for app in apps for field in items(app, "subscribed_fields")})
         yield ("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
-    except (PermanentError, TemporaryError) as failure:
+    except GraphError as failure:
         yield False, what, "", str(failure)
 
 

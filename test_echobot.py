@@ -280,7 +280,7 @@ class BotTest(Client, unittest.TestCase):
 
     def deadlines(self, bot, state):
         """Return how many connections are in `state`."""
-        return sum(bool(each) and each.state == state for each in [*bot.deadlines.values()])
+        return sum(each == state for _, each in [*bot.deadlines.values()])
 
     def until(self, condition):
         """Wait until `condition()` holds."""
