@@ -180,12 +180,18 @@ class RequestError(ValueError):
     """A request to be refused: `args` are the status, the line to answer and, where it differs, the reason to log."""
 
 
+def require(value: Any, status: int, *why: str) -> Any:
+    """Return `value`, such as a match; raise RequestError if it is false."""
+    if not value:
+        raise RequestError(status, *why)
+    return value
+
+
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
-    if not hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace")):
-        raise RequestError(403, WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
-    if query.get("hub.mode", "subscribe") != "subscribe":
-        raise RequestError(403, WRONG_TOKEN, "hub.mode is not subscribe")
+    same = hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace"))
+    require(same, 403, WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
+    require(query.get("hub.mode", "subscribe") == "subscribe", 403, WRONG_TOKEN, "hub.mode is not subscribe")
     return query.get("hub.challenge", "")
 
 
@@ -313,6 +319,7 @@ def inside_character(text: str, at: int) -> bool:
 # They parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 requires a server to refuse.
 
 CHUNKED = -1
+TOO_LONG = "The body is longer than 1 MiB."
 CLOSE = "Connection: close\r\n"
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
@@ -331,13 +338,10 @@ def read_fields(file: Any) -> Dict[str, str]:
     while True:
         line = file.readline(LINE_BYTES + 1)
         room -= len(line)
-        if len(line) > LINE_BYTES or room < 0:
-            raise RequestError(431, "The header fields are too long.")
+        require(len(line) <= LINE_BYTES and room >= 0, 431, "The header fields are too long.")
         if line in (b"\r\n", b"\n"):
             return fields
-        match = FIELD.fullmatch(line.decode("latin-1"))
-        if match is None:
-            raise RequestError(400, "A header field is malformed or cut off.")
+        match = require(FIELD.fullmatch(line.decode("latin-1")), 400, "A header field is malformed.")
         name, value = match.group(1).lower(), match.group(2).strip(" \t")
         fields[name] = fields[name] + ", " + value if name in fields else value  # so a length given twice is malformed
 
@@ -347,17 +351,14 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
-        if length is not None or version == 0 or "chunked" in codings[:-1]:
-            raise RequestError(400, "Chunked must be the last coding, in HTTP/1.1, and excludes Content-Length.")
-        if codings != ["chunked"]:
-            raise RequestError(501, "The only transfer coding supported is chunked.")
+        require(length is None and version > 0 and "chunked" not in codings[:-1],
+                400, "Chunked must be the last coding, in HTTP/1.1, and excludes Content-Length.")
+        require(codings == ["chunked"], 501, "The only transfer coding supported is chunked.")
         return CHUNKED
     if length is None:
         return None
-    if not re.fullmatch("[0-9]+", length):
-        raise RequestError(400, "Content-Length is not a decimal number, or is given twice.")
-    if len(length) > 10 or int(length) > BODY_BYTES:  # int refuses thousands of digits
-        raise RequestError(413, "The body is longer than 1 MiB.")
+    require(re.fullmatch("[0-9]+", length), 400, "Content-Length is not a decimal number, or is given twice.")
+    require(len(length) <= 10 and int(length) <= BODY_BYTES, 413, TOO_LONG)  # int refuses thousands of digits
     return int(length)
 
 
@@ -810,55 +811,45 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         line = self.raw_requestline
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
-        if len(line) > LINE_BYTES:
-            raise RequestError(414, "The request line is too long.")
-        match = REQUEST_LINE.fullmatch(line.decode("latin-1"))
-        if match is None:
-            raise RequestError(400, "The request line is malformed or cut off.")
+        require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
+        match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
         self.path, _, self.query = AUTHORITY.sub("/", target, 1).partition("?")
         self.fields = read_fields(self.rfile)
-        if version and "host" not in self.fields or not HOST_FIELD.fullmatch(self.fields.get("host", "")):
-            raise RequestError(400, "Host is missing, malformed, or given twice.")
+        require("host" in self.fields or version == 0, 400, "Host is missing.")
+        require(HOST_FIELD.fullmatch(self.fields.get("host", "")), 400, "Host is malformed, or given twice.")
         self.body = self.read_body(version)
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
-        if self.path not in METHODS:
-            raise RequestError(404, "There is nothing here.")
-        if self.command not in METHODS[self.path].split(", "):
-            raise RequestError(405, "This method does nothing here.")
+        require(self.path in METHODS, 404, "There is nothing here.")
+        require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
         return True
 
     def read_body(self, version: int) -> bytes:
         """Return the body of the request; trailer fields after a chunked one are read and ignored."""
         length = body_length(self.fields, version)
-        if length is None and self.command == "POST":
-            raise RequestError(411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
+        require(length is not None or self.command != "POST",
+                411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if length != CHUNKED:
             return self.read(length or 0)
         body = bytearray()
         while True:
-            match = CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES))
-            if match is None:
-                raise RequestError(400, "A chunk is malformed or cut off.")
+            match = require(CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES)), 400, "A chunk is malformed.")
             size = int(match.group(1), 16)
             if size == 0:
                 read_fields(self.rfile)
                 return bytes(body)
-            if len(body) + size > BODY_BYTES:
-                raise RequestError(413, "The body is longer than 1 MiB.")
+            require(len(body) + size <= BODY_BYTES, 413, TOO_LONG)
             body += self.read(size, len(body))
-            if self.read(2) != b"\r\n":
-                raise RequestError(400, "A chunk is malformed.")
+            require(self.read(2) == b"\r\n", 400, "A chunk is malformed.")
 
     def read(self, size: int, before: int = 0) -> bytes:
         """Return `size` bytes of a body of which `before` are read; if they make it a large one, wait for its turn."""
         if before <= LARGE_BYTES < before + size:
             self.turn.enter_context(self.server.large)
         data: bytes = self.rfile.read(size) or b""  # None if the connection was ended meanwhile
-        if len(data) < size:
-            raise RequestError(400, "The request is cut off.")
+        require(len(data) == size, 400, "The request is cut off.")
         return data
 
     def do_GET(self) -> None:
