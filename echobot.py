@@ -172,7 +172,8 @@ def settings_errors(settings: Settings) -> Iterator[str]:
 
 # ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
 
-WRONG_TOKEN = "Error, wrong validation token"  # the tutorial's words
+WRONG_TOKEN = 403, "Error, wrong validation token"  # the tutorial's words
+UNSIGNED = 403, "The delivery is not signed with the app's secret."
 STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
 
 
@@ -190,8 +191,8 @@ def require(value: Any, status: int, *why: str) -> Any:
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
     same = hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace"))
-    require(same, 403, WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
-    require(query.get("hub.mode", "subscribe") == "subscribe", 403, WRONG_TOKEN, "hub.mode is not subscribe")
+    require(same, *WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
+    require(query.get("hub.mode", "subscribe") == "subscribe", *WRONG_TOKEN, "hub.mode is not subscribe")
     return query.get("hub.challenge", "")
 
 
@@ -202,15 +203,10 @@ def sign(body: bytes, secret: str) -> str:
 
 def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None:
     """Raise RequestError, with the reason, unless `signature` is that of `body`."""
-    if signature is None:
-        problem = "is missing"
-    elif not re.fullmatch("sha256=[0-9a-f]{64}", signature):
-        problem = "is malformed"
-    elif not hmac.compare_digest(signature, sign(body, secret)):
-        problem = "does not match the body: check APP_SECRET"
-    else:
-        return
-    raise RequestError(403, "The delivery is not signed with the app's secret.", "X-Hub-Signature-256 " + problem)
+    require(signature is not None, *UNSIGNED, "X-Hub-Signature-256 is missing")
+    match = require(re.fullmatch("sha256=[0-9a-f]{64}", signature or ""), *UNSIGNED, "X-Hub-Signature-256 is malformed")
+    same = hmac.compare_digest(match.group(), sign(body, secret))
+    require(same, *UNSIGNED, "X-Hub-Signature-256 does not match the body: check APP_SECRET")
 
 
 def parse_object(raw: bytes) -> Dict[str, Any]:
@@ -1116,7 +1112,7 @@ def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> 
            "the URL is not https, and Messenger calls nothing else: put a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
-    echobot = (status, text) in ((200, query["hub.challenge"]), (403, WRONG_TOKEN))
+    echobot = (status, text) in ((200, query["hub.challenge"]), WRONG_TOKEN)
     yield (status == 200 and echobot, "verification", "the webhook returns the challenge",
            "the deployed bot has a different VERIFY_TOKEN: use the same value in both" if echobot else
            "status %d, and not from echobot: check the address, which ends in /webhook, and that the bot runs" % status)
@@ -1125,9 +1121,9 @@ def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> 
     yield (ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
            "a different verify token is refused", "any verify token is accepted: echobot is not at this address")
     if settings.app_secret:
-        signature = {"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)}
-        yield (ask(None, **signature)[0] == 200, "signed", "a signed delivery is accepted", "a signed delivery is "
-               "refused: the deployed bot has a different APP_SECRET, use the same value in both")
+        status, _ = ask(None, **{"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)})
+        yield (status == 200, "signed", "a signed delivery is accepted", "a signed delivery is refused with %d: the "
+               "deployed bot has a different APP_SECRET, use the same value in both" % status)
     yield (ask(None)[0] == 403, "unsigned", "an unsigned delivery is refused", "an unsigned delivery is accepted, so "
            "anybody can make the bot speak: set APP_SECRET on the deployed bot")
 
