@@ -143,7 +143,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # -1 is refused below
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -343,7 +343,7 @@ def read_fields(file: Any) -> Dict[str, str]:
 
 
 def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
-    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED, or None; raise RequestError in doubt."""
+    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED or None; raise RequestError if unclear."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
@@ -552,8 +552,8 @@ class Outbox:
     def __init__(self, reply: ReplyFunction, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
         self.reply, self.graph, self.limits, self.clock, self.wait = reply, graph, limits, clock, wait
         self.lock = threading.Lock()                    # over the next three
-        self.pending: Dict[bytes, OwedReply] = {}    # by key
-        self.last: Dict[str, threading.Event] = {}      # `done` of the last one pending to a person, by the person's id
+        self.pending: Dict[bytes, OwedReply] = {}       # by key
+        self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.failing_since = float("inf")               # when Graph failed first since it last answered
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -571,14 +571,14 @@ class Outbox:
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return self.late_status()
-            for owed in new:  # still under the lock, or another delivery could get in between
+            for owed in new:  # all at once, so that two deliveries never wait for each other's replies
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
         for owed in unsettled.values():  # some are pending for another delivery of the same events
             self.wait(owed.done, until - self.clock())
-        status = max([owed.status for owed in unsettled.values()], default=200)  # 503 before 500 before 200
+        status = max([owed.status for owed in unsettled.values()], default=200)  # the worst of them
         return self.late_status() if status == 503 else status
 
     def late_status(self) -> int:
@@ -785,9 +785,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
-        self.close_connection = True  # until the request has been read whole, it is in doubt where it ends
+        self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = self.path = "-"  # for the log, until they are known
-        with contextlib.ExitStack() as self.turn:  # of a large body; do_POST ends it earlier
+        with contextlib.ExitStack() as self.turn:  # of a large body: until it is parsed
             try:
                 super().handle_one_request()
             except RequestError as error:
