@@ -340,9 +340,9 @@ class Verification(BotTest):
         self.assertEqual(self.request(bot, "GET", "/healthz")[::2], (200, "ok"))
         for target in "/" + hub(verify_token=VERIFY, challenge="żółć"), "/webhook", "/healthz", "/nowhere":
             head, get = (self.connect(bot, ask("%s %s HTTP/1.0" % (method, target))) for method in ("HEAD", "GET"))
-            with self.subTest(target), head.makefile("rb") as answer, get.makefile("rb") as other:
-                head, _, nothing = answer.read().partition(b"\r\n\r\n")
-                self.assertEqual((head, nothing), (other.read().partition(b"\r\n\r\n")[0], b""))
+            with self.subTest(target), head.makefile("rb") as head, get.makefile("rb") as get:
+                head, get = (re.sub(b"Date: .*", b"", file.read()).partition(b"\r\n\r\n") for file in (head, get))
+                self.assertEqual((head[0], head[2]), (get[0], b""))
 
 
 class Signature(BotTest):
