@@ -707,7 +707,7 @@ class Promise(BotTest):
             together.wait(WAIT)
             return ACCEPTED if call.recipient != "7" else graph_error(2, 500)
 
-        bot = self.start_bot(answer, clock=clock)
+        bot = self.start_bot(answer, clock=clock, limits={"answer": 10 ** 6})
         people = [message(mid="m_%d" % number, sender=str(number)) for number in range(2, 52)]
         status = self.deliver_in_background(bot, delivery(*people))
         self.until(lambda: list(bot.outbox.last) == ["7"])
