@@ -1464,22 +1464,23 @@ class Commands(BotTest):
     def test_at_sigterm_what_is_under_way_is_finished_and_the_status_is_0_or_1_with_a_count_of_what_is_left(self):
         hold = threading.Event()
         graph = self.start_graph(held(hold))
-        impatient = """import logging, os, echobot
-        logging.basicConfig(level="INFO")
-        echobot.run_until_signal(echobot.make_server(echobot.settings_from(os.environ), echobot.Limits(drain=0)))
-        """.replace("\n        ", "\n")
-        patient, other = Process.serving(graph), Process.serving(graph, code=impatient, PORT="0")
-        statuses = []
-        for process in patient, other:
+        code = """if True:
+            import logging, os, echobot
+            logging.basicConfig(level="INFO")
+            echobot.run_until_signal(echobot.make_server(echobot.settings_from(os.environ), echobot.Limits(drain=0)))
+        """
+        patient, impatient = Process.serving(graph), Process.serving(graph, code=code, PORT="0")
+        for process, expected, count in (impatient, (None, 1), 1), (patient, (200, 0), 0):
             process.until_logged()
-            statuses.append(self.deliver_in_background(process, delivery(message())))
+            status = self.deliver_in_background(process, delivery(message()))
             graph.calls.get(timeout=WAIT)
             process.terminate()
             process.until_logged("stopping")
-        self.assertEqual((other.wait(WAIT), statuses[1].get(timeout=WAIT)), (1, None))
-        self.assertIn("redeliver: 1", other.end()[2])
-        hold.set()
-        self.assertEqual((statuses[0].get(timeout=WAIT), patient.end()[0]), (200, 0))
+            if process is patient:
+                hold.set()
+            ended, _, log = process.end()
+            self.assertEqual((status.get(timeout=WAIT), ended), expected)
+            self.assertIn("redeliver: %d" % count, log)
 
     @posix
     def test_within_a_second_of_the_first_a_signal_does_nothing_and_later_it_ends_it_at_once(self):
