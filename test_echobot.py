@@ -1759,7 +1759,10 @@ class Check(BotTest):
             silent.listen(5)
             refused, late = ("http://127.0.0.1:%d" % server.getsockname()[1] for server in (closed, silent))
             for what, fix in ("GRAPH_URL", "token .*no answer.*%s.*: check GRAPH_URL"), ("url", "webhook .*%s.*: che"):
-                self.assert_found((fix % "efused", {what: refused}), (fix % "timed out", {what: late, "timeout": 0.05}))
+                for reason, url, timeout in ("efused", refused, WAIT), ("timed out", late, 0.05):
+                    status, lines = self.check(timeout=timeout, **{what: url})
+                    self.assertEqual(status, 1)
+                    self.assertRegex(lines[-1], "FAIL  " + fix % reason)  # so may others, in 0.05 s
 
 
 class Shape(BotTest):
