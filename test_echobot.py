@@ -1578,27 +1578,23 @@ TALK = (  # what is typed, what the bot says, and what is noted beside that
     ("/190\nhello", [], "190.*token"), ("/help", [], "/help"),
 )
 COMMANDS = "".join(typed + "\n/nope\n" for typed, _, _ in TALK)
+LONG = "".join("%d bots, " % number for number in range(500))
+PIPED = "hello\n/help\n/wire\n\U0001f600 é\n/nope\n\n  \n/unsigned\n bye \n" + LONG
 FAULTS = {"/slow": "503.*\n.*redelivers", "/500": "retrying", "/613": "retrying.*too fast"}
 
 
 class Chat(BotTest):
     @classmethod
-    def setUpClass(cls):  # these take a while
+    def setUpClass(cls):  # all at once, because they take a while
         cls.faults = {fault: Process("chat", typed=fault + "\nhello\nbye\n") for fault in FAULTS}
         cls.commands = Process("chat", typed=COMMANDS, options={"stderr": subprocess.STDOUT})
-
-    def talk(self, typed, **environ):
-        """Return what is printed in a talk, to standard output and to standard error."""
-        status, out, err = Process("chat", typed=typed, **environ).end()
-        self.assertEqual(status, 0)
-        return out, err
+        cls.piped = Process("chat", typed=PIPED, http_proxy="http://127.0.0.1:9", **dict.fromkeys(VARIABLES, "wrong"))
+        cls.wire = Process("chat", typed="/wire\nhello\n/190\nhello\n")
 
     def test_in_a_pipe_standard_output_holds_what_the_bot_says_whatever_the_environment_has(self):
-        environ = {**dict.fromkeys(VARIABLES, "wrong wrong"), "http_proxy": "http://127.0.0.1:9"}
-        text = "".join("%d bots, " % number for number in range(500))
-        out, _ = self.talk("hello\n/help\n/wire\n\U0001f600 é\n/nope\n\n  \n/unsigned\n bye \n" + text, **environ)
+        status, out, _ = self.piped.end()
         first, second, third, *long = out.splitlines()
-        self.assertEqual((first, second, third, "".join(long)), ("hello", "\U0001f600 é", " bye ", text))
+        self.assertEqual((status, first, second, third, "".join(long)), (0, "hello", "\U0001f600 é", " bye ", LONG))
 
     def test_the_reply_comes_once_whatever_passing_fault_graph_has(self):
         for fault, noted in FAULTS.items():
@@ -1620,7 +1616,8 @@ class Chat(BotTest):
                          set(re.findall(r"/\w+", COMMANDS.replace("/nope", ""))).union(FAULTS))
 
     def test_wire_shows_each_exchange_as_messenger_and_graph_see_it_and_no_secret(self):
-        _, notes = self.talk("/wire\nhello\n/190\nhello\n")
+        status, out, notes = self.wire.end()
+        self.assertEqual((status, out), (0, "hello\n"))
         ways = ["Messenger > bot", "bot > Graph", "Graph > bot", "bot > Messenger"]
         self.assertEqual(re.findall(r"\w+ > \w+", notes), 2 * ways)
         delivered, call, accepted, _, _, refused = map(json.loads, re.findall(r"^ +(\{.*)", notes, re.M))
