@@ -177,8 +177,10 @@ def split(wire):
     return answers
 
 
-class Client:
-    """Messenger, or anybody else, on the other side of a bot's socket."""
+class BotTest(unittest.TestCase):
+    """Starts bots and stand-ins for Graph, stops them, and is Messenger or anybody else on a bot's socket."""
+
+    opener = echobot.make_opener(proxies={})  # of all bots, save where its limits matter
 
     def request(self, bot, method, path, body=None, headers=None):
         """Return the status, the headers and the text of an answer."""
@@ -237,12 +239,6 @@ class Client:
 
     def said(self, bot, data, end=False):
         return [(answer.status, answer.text) for answer in self.answers(bot, data, end)]
-
-
-class BotTest(Client, unittest.TestCase):
-    """Starts bots and stand-ins for Graph, and stops them."""
-
-    opener = echobot.make_opener(proxies={})  # of all bots, save where its limits matter
 
     def start_graph(self, answer=accept):
         graph = Graph(answer)
