@@ -1152,22 +1152,14 @@ class Limits(BotTest):
         self.assertTrue(logs.records[0].exc_info)
 
     def test_where_a_thread_cannot_be_started_its_connection_is_closed_and_the_bot_goes_on(self):
-        process = Process(code="""if True:
-            import http.client, threading, echobot
-            bot = echobot.make_server(echobot.Settings(host="127.0.0.1", port=0))
-            threading.Thread(target=bot.serve_forever, daemon=True).start()
-            for size in 1 << 45, 0:
-                threading.stack_size(size)
-                connection = http.client.HTTPConnection("127.0.0.1", bot.server_port, timeout=10)
-                try:
-                    connection.request("GET", "/healthz")
-                    print(connection.getresponse().read().decode())
-                except (OSError, http.client.HTTPException):
-                    print("closed")
-                connection.close()
-        """)
-        _, out, err = process.end()
-        self.assertEqual((out.split(), "closed a connection" in err), (["closed", "ok"], True))
+        bot, size = self.start_bot(), threading.stack_size(1 << 45)
+        try:
+            answers, [(_, line)] = self.logged(self.answers, bot, LAST)
+        finally:
+            threading.stack_size(size)
+        self.assertEqual(answers, [])
+        self.assertIn("closed a connection", line)
+        self.assertEqual(self.statuses(bot, LAST), [200])
 
 
 class Draining(BotTest):
