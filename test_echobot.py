@@ -242,7 +242,7 @@ class BotTest(unittest.TestCase):
 
     def start_graph(self, answer=accept):
         graph = Graph(answer)
-        threading.Thread(target=graph.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=graph.serve_forever, args=(0.002,), daemon=True).start()
         self.addCleanup(graph.server_close)
         self.addCleanup(graph.shutdown)
         return graph
@@ -261,7 +261,7 @@ class BotTest(unittest.TestCase):
         opener = echobot.make_opener(limits, {}, clock) if limits.idle_calls < 64 else self.opener
         bot = echobot.make_server(settings, limits, reply, opener, **times)
         bot.graph, bot.opener, bot.left = graph, opener, None
-        threading.Thread(target=bot.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=bot.serve_forever, args=(0.002,), daemon=True).start()
         self.addCleanup(self.until, lambda: not bot.outbox.pending)  # else its log would reach the next test
         self.addCleanup(self.stop, bot)
         return bot
@@ -1625,7 +1625,7 @@ class Chat(BotTest):
         vars(graph).update(fault="", credentials=CREDENTIALS, print_reply=said.put, show=lambda *_: None)
         self.addCleanup(graph.server_close)
         self.addCleanup(graph.shutdown)
-        threading.Thread(target=graph.serve_forever, args=(0.01,), daemon=True).start()
+        threading.Thread(target=graph.serve_forever, args=(0.002,), daemon=True).start()
         for text, query, code in [("hi", CREDENTIALS, None), (2000 * "x", CREDENTIALS, None), ("", CREDENTIALS, 100),
                                   (1001 * "\U0001f600", CREDENTIALS, 100), (" \n", CREDENTIALS, 100), ("hi", "", 190),
                                   (5, CREDENTIALS, 100), ("hi", "access_token=" + TOKEN, 100)]:
