@@ -1115,7 +1115,7 @@ class Limits(BotTest):
 
     def test_large_bodies_take_turns_until_they_are_parsed_and_small_ones_never_wait(self):
         clock, hold = Clock(), threading.Event()
-        bot = self.start_bot(clock=clock, limits={"large": 1}, reply=lambda message: str(hold.wait(WAIT)))
+        bot = self.start_bot(clock=clock, limits={"large": 1}, reply=lambda message: str(hold.wait(2 * WAIT)))
         large, body = "Content-Length: %d" % MIB, json.dumps(delivery(message())).encode().ljust(MIB)
         first = self.connect(bot, framed(large, body=body[:999]))
         self.until(lambda: not bot.large.acquire(blocking=False) or bot.large.release())
