@@ -87,7 +87,6 @@ BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real
 LARGE_BYTES = 64 * 1024      # larger bodies take turns, `Limits.large` at once
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
-SAME_SIGNAL = 1.0            # s in which a further signal counts as the first: Heroku may send SIGTERM twice
 TICK = 0.05                  # s between two looks at the clock: small compared with the shortest deadline, 2 s
 
 
@@ -111,6 +110,7 @@ class Limits(NamedTuple):
     longest_pause: float = 8.0  # between two tries, so that there are about ten
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
+    same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
@@ -1188,7 +1188,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
 
     def on_signal(number: int, frame: Any) -> None:
         signals.append(time.monotonic())
-        if signals[-1] - signals[0] > SAME_SIGNAL:
+        if signals[-1] - signals[0] > bot.limits.same_signal:
             os._exit(128 + number)  # as a shell reports it
 
     for number in signal.SIGINT, signal.SIGTERM:
@@ -1204,7 +1204,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever, which a signal handler cannot end
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping within %g s; a further signal after %g s ends it at once", bot.limits.drain, SAME_SIGNAL)
+    log.info("stopping within %g s; a further signal ends it at once", bot.limits.drain)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
     with contextlib.suppress(OSError):

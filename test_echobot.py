@@ -36,6 +36,7 @@ PROOF = hmac.new(SECRET.encode(), TOKEN.encode(), hashlib.sha256).hexdigest()
 CREDENTIALS = "access_token=%s&appsecret_proof=%s" % (TOKEN, PROOF)
 SORRY = "I can't echo this"
 MIB = 1024 * 1024
+OPEN = 200, {}, b""
 ACCEPTED = 200, {}, b'{"recipient_id":"2","message_id":"m_out"}'
 logging.getLogger("echobot").addHandler(logging.NullHandler())  # the tests that are about the log look at it
 
@@ -80,7 +81,7 @@ class Graph(http.server.ThreadingHTTPServer):
 
     def __init__(self, answer):
         super().__init__(("127.0.0.1", 0), GraphHandler)
-        self.calls, self.answer, self.connections = queue.Queue(), answer, []
+        self.calls, self.answer, self.connections, self.context = queue.Queue(), answer, [], None
         self.url = "http://127.0.0.1:%d/v26.0" % self.server_port
 
     def process_request(self, request, client_address):
@@ -112,13 +113,28 @@ class GraphHandler(http.server.BaseHTTPRequestHandler):
             self.close_connection = True
             return
         status, headers, body = answer
+        if body:
+            self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # as some proxies do unasked
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **headers}.items():
             self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
-    do_GET = do_CONNECT = do_POST
+    do_GET = do_POST
+
+    def do_CONNECT(self):
+        """Answer as a proxy; if it is open, then as the Graph behind it, over TLS."""
+        self.do_POST()
+        self.wfile.flush()
+        if self.server.context:
+            self.request = self.server.context.wrap_socket(self.request, server_side=True)
+            self.setup()
+            self.close_connection = False
+
+    def finish(self):
+        super().finish()
+        self.request.close()
 
     def log_message(self, *args):
         pass
@@ -587,12 +603,14 @@ class Promise(BotTest):
         for number in range(5):
             clock, hold = Clock(), threading.Event()
             bot = self.start_bot(held(hold), clock=clock)
-            status = self.deliver_in_background(bot, delivery(message()))
+            client = self.connect(bot, signed_request(delivery(message())))
             bot.graph.calls.get(timeout=WAIT)
             self.joined(bot, 1)
             threading.Thread(target=hold.set).start()
             clock.advance(4)
-            self.assertIn(status.get(timeout=WAIT), (200, 503))
+            self.until(lambda: clock.advance(4) or not bot.deadlines)
+            answer, = self.rest(client)
+            self.assertIn(answer.status, (200, 503))
             self.assertEqual(self.deliver(bot, delivery(message())), 200)
             self.stop(bot)
             self.assertTrue(bot.graph.calls.empty())
@@ -713,8 +731,8 @@ class Promise(BotTest):
                          ["hello", "hello", "second"])
 
     def test_after_10_minutes_of_failure_late_deliveries_get_200_and_so_do_those_too_many_and_it_is_logged(self):
-        clock = Clock()
-        bot = self.start_bot(lambda call: graph_error(2, 500), clock=clock, limits={"retry": 10 ** 6, "pending": 3})
+        def failing(call):
+            return graph_error(2, 500)
 
         def late_status(number):
             status = self.deliver_in_background(bot, delivery(message(mid="m_%d" % number, sender=str(number))))
@@ -723,17 +741,21 @@ class Promise(BotTest):
             clock.advance(4)
             return status.get(timeout=WAIT)
 
+        clock = Clock()
+        bot = self.start_bot(failing, clock=clock, limits={"retry": 10 ** 6, "pending": 3})
         too_many = delivery(*[message(mid="m_%d" % each, sender=str(each)) for each in range(90, 94)])
         self.assertEqual((late_status(10), self.deliver(bot, too_many)), (503, 503))
         clock.advance(595)
         self.assertEqual(self.deliver(bot, too_many), 503)
-        (status, again), lines = self.logged(lambda: (late_status(11), self.deliver(bot, too_many)))
-        self.assertEqual((status, again), (200, 200))
-        self.assertEqual(sum("200 although" in text for level, text in lines if level == "ERROR"), 2)
-        bot.graph.answer = accept
-        self.until(lambda: clock.advance(9) or not bot.outbox.pending)
-        bot.graph.answer = lambda call: graph_error(2, 500)
-        self.assertEqual(late_status(12), 503)
+        for number, recovered in (11, accept), (12, lambda call: graph_error(100)):
+            (status, again), lines = self.logged(lambda: (late_status(number), self.deliver(bot, too_many)))
+            self.assertEqual((status, again), (200, 200))
+            self.assertEqual(sum("200 although" in text for level, text in lines if level == "ERROR"), 2)
+            bot.graph.answer = recovered
+            self.until(lambda: clock.advance(9) or not bot.outbox.pending)
+            bot.graph.answer = failing
+            self.assertEqual(late_status(number + 10), 503)
+            clock.advance(595)
 
     def test_beyond_1000_pending_replies_a_delivery_gets_503_at_once_unless_nothing_is_pending(self):
         self.assertEqual(echobot.Limits().pending, 1000)
@@ -1151,15 +1173,31 @@ class Limits(BotTest):
             self.assertEqual(self.statuses(bot, sized(b"{}") + get("/healthz", CLOSE)), [500, 200])
         self.assertTrue(logs.records[0].exc_info)
 
-    def test_where_a_thread_cannot_be_started_its_connection_is_closed_and_the_bot_goes_on(self):
-        bot, size = self.start_bot(), threading.stack_size(1 << 45)
+    def test_where_a_thread_cannot_be_started_its_connection_is_closed_or_its_reply_sent_in_another(self):
+        bot = self.start_bot()
+        client = self.connect(bot, get("/healthz"))
+        self.one(client)
+        size = threading.stack_size(1 << 45)
         try:
-            answers, [(_, line)] = self.logged(self.answers, bot, LAST)
+            with self.assertLogs("echobot", "INFO") as logs:
+                self.assertEqual(self.answers(bot, LAST), [])
+                client.sendall(signed_request(delivery(*[message(mid="m_" + each, sender=each) for each in "234"])))
+                self.assertEqual(self.one(client).status, 200)
         finally:
             threading.stack_size(size)
-        self.assertEqual(answers, [])
-        self.assertIn("closed a connection", line)
+        self.assertIn("closed a connection", logs.output[0])
+        self.assertEqual(["would reply" in line for line in logs.output], [False, True, True, True])
         self.assertEqual(self.statuses(bot, LAST), [200])
+
+    def test_two_colons_listen_for_ipv6_and_ipv4(self):
+        try:
+            bot = self.start_bot(host="::")
+        except OSError:
+            self.skipTest("this host has no IPv6")
+        for address in "::1", "127.0.0.1":
+            with socket.create_connection((address, bot.server_port), WAIT) as client:
+                client.sendall(LAST)
+                self.assertEqual(self.one(client).text, "last")
 
 
 class Draining(BotTest):
@@ -1364,6 +1402,12 @@ def tearDownModule():
     FOLDER.cleanup()
 
 
+LIMITED = """import logging, os, echobot
+logging.basicConfig(level="INFO")
+echobot.run_until_signal(echobot.make_server(echobot.settings_from(os.environ), echobot.Limits(%s)))
+"""
+
+
 class Commands(BotTest):
     def test_help_names_every_variable_and_command_and_version_is_one_line(self):
         asked, version = Process("--help"), Process("--version")
@@ -1439,12 +1483,7 @@ class Commands(BotTest):
     def test_at_sigterm_what_is_under_way_is_finished_and_the_status_is_0_or_1_with_a_count_of_what_is_left(self):
         hold = threading.Event()
         graph = self.start_graph(held(hold))
-        code = """if True:
-            import logging, os, echobot
-            logging.basicConfig(level="INFO")
-            echobot.run_until_signal(echobot.make_server(echobot.settings_from(os.environ), echobot.Limits(drain=0)))
-        """
-        patient, impatient = Process.serving(graph), Process.serving(graph, code=code, PORT="0")
+        patient, impatient = Process.serving(graph), Process.serving(graph, code=LIMITED % "drain=0", PORT="0")
         for process, expected, count in (impatient, (None, 1), 1), (patient, (200, 0), 0):
             process.until_logged()
             status = self.deliver_in_background(process, delivery(message()))
@@ -1459,14 +1498,15 @@ class Commands(BotTest):
 
     @posix
     def test_within_a_second_of_the_first_a_signal_does_nothing_and_later_it_ends_it_at_once(self):
-        process = Process.serving()
+        self.assertEqual(echobot.Limits().same_signal, 1)
+        process = Process.serving(code=LIMITED % "same_signal=0.1", PORT="0")
         process.until_logged()
         self.connect(process, framed(EXPECT, "Content-Length: 1", body=b"")).recv(MIB)  # the rest would be waited for
         began = time.monotonic()
         while process.poll() is None:
             process.terminate()
-            threading.Event().wait(0.01)
-        self.assertTrue(1 <= time.monotonic() - began < 9)
+            threading.Event().wait(0.002)
+        self.assertTrue(0.1 <= time.monotonic() - began < 9)
         self.assertEqual((process.returncode, "stopped" in process.end()[2]), (128 + signal.SIGTERM, False))
 
     def test_killed_under_load_it_loses_nothing_that_messenger_redelivers(self):
@@ -1504,20 +1544,25 @@ class Commands(BotTest):
                 self.assertEqual((call.method, call.path, call.headers["Proxy-authorization"]),
                                  (method, path, "Basic dXNlcjpwYXNzIHdvcmQ="))
 
-    def test_https_calls_share_a_tls_connection_and_who_does_not_trust_the_certificate_is_told_so(self):
+    def test_https_calls_share_a_tls_connection_and_a_tunnel_and_who_does_not_trust_the_certificate_is_told_so(self):
         certificate = os.path.join(FOLDER.name, "certificate.pem")
         with open(certificate, "w") as file:
             file.write(CERTIFICATE)
-        graph = self.start_graph()
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(certificate)
-        graph.socket = context.wrap_socket(graph.socket, server_side=True)
+        graph, proxy = self.start_graph(), self.start_graph(lambda call: OPEN if call.method == "CONNECT" else ACCEPTED)
+        graph.socket, proxy.context = context.wrap_socket(graph.socket, server_side=True), context
         url = graph.url.replace("http:", "https:")
-        process = Process.serving(graph, GRAPH_URL=url, SSL_CERT_FILE=certificate)
+        trusting = {"GRAPH_URL": url, "SSL_CERT_FILE": certificate}
         distrustful = Process("check", **{**LIVE, "GRAPH_URL": url})
-        process.until_logged()
-        self.assertEqual([self.deliver(process, delivery(message(mid=mid))) for mid in ("m_1", "m_2")], [200, 200])
-        self.assertEqual(len(graph.connections), 1)
+        through_proxy = {**trusting, "https_proxy": proxy.url.replace("//", "//user:word@")}
+        for server, environ in (graph, trusting), (proxy, through_proxy):
+            process = Process.serving(server, **environ)
+            process.until_logged()
+            self.assertEqual([self.deliver(process, delivery(message(mid=mid))) for mid in ("m_1", "m_2")], [200, 200])
+            self.assertEqual(len(server.connections), 1)
+        calls = [(call.method, call.headers["Proxy-Authorization"]) for call in list(proxy.calls.queue)]
+        self.assertEqual(calls, [("CONNECT", "Basic dXNlcjp3b3Jk"), ("POST", None), ("POST", None)])
         self.assertRegex(distrustful.end()[1], "FAIL  token .*no answer.*CERTIFICATE_VERIFY_FAILED.*: check GRAPH_URL")
 
     @posix
