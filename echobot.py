@@ -18,16 +18,16 @@ The settings are environment variables:
 The life of a message:
 
  1. Messenger POSTs a delivery.  `Bot` gives each connection a thread, in which `WebhookHandler` reads the request.
- 2. `verify_signature` checks that the delivery comes from Messenger; only then is it parsed.
+ 2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200.
- 6. After 4 s the accept loop answers 503 instead, and the thread goes on sending.  Messenger redelivers, and the
+ 6. After 4 s the accept loop answers 503 instead, because that thread is still sending.  Messenger redelivers, and the
     redelivery waits for the replies that are already pending.
 
-So a reply is sent at least once, except in a long outage.  It is sent twice only if Graph accepted it without saying
-so, if its delivery is redelivered to another process or after 10,000 others, or in part: a long text that was given up
-halfway starts again.
+So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
+only if Graph accepted it without saying so, if its delivery is redelivered to another process or after 10,000 others,
+or in part: a long text that was given up halfway starts again.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -95,17 +95,17 @@ class Limits(NamedTuple):
 
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
-    idle: float = 120.0        # between two requests: Heroku's router closes after 90, and must be the one to close
-    linger: float = 2.0        # for a client to read its last answer
+    idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
+    linger: float = 2.0        # for a client to read an answer, and after the last one to close
     connections: int = 500     # at once; more wait in the backlog
     large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
-    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's at Graph's limit
-    calls: int = 300           # to Graph at once: its own limit a second for a page
+    calls: int = 300           # to Graph at once: as many as it allows a page in a second
+    settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     idle_calls: int = 64       # connections to Graph that are kept open while idle
     unused: float = 60.0       # after which an idle connection to Graph is no longer used
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from the first try of a reply until it is given up
+    retry: float = 60.0        # from a reply's first try until it is given up; at once if Graph asks for a longer pause
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about ten
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
@@ -129,7 +129,7 @@ class Settings(NamedTuple):
 
 
 class SettingsError(Exception):
-    """Settings that are wrong; `args` has a line for each, which never quotes a value."""
+    """Settings that are wrong; `args` has a line for each, and quotes no value."""
 
 
 URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!$->A-~]*)?")
@@ -143,7 +143,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # an invalid one
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -312,7 +312,7 @@ def inside_character(text: str, at: int) -> bool:
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
-# They parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 requires a server to refuse.
+# Both parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 has a server refuse.
 
 CHUNKED = -1
 TOO_LONG = "The body is longer than 1 MiB."
@@ -376,7 +376,7 @@ class GraphError(Exception):
     retry_after = 0.0  # s, if Graph said so
 
 
-TEMPORARY_CODES = {1, 2, 4, 17, 32, 341, 613, 1200, 80006}
+DOWN, TOO_FAST = (1, 2, 1200), (4, 17, 32, 341, 613, 80006)
 MEANINGS: Dict[Any, str] = {
     10: "the person's last message is over 24 hours old, or a permission is missing: ask for pages_messaging in review",
     100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
@@ -384,8 +384,8 @@ MEANINGS: Dict[Any, str] = {
     190: "the token has expired or was revoked: generate a new PAGE_ACCESS_TOKEN",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
     1545041: "the person's last message is over 24 hours old: wait for the next one",
-    **dict.fromkeys((1, 2, 551, 1200), "Graph is down, or the person is not available: there is nothing to do"),
-    **dict.fromkeys((4, 17, 32, 341, 613, 80006), "too many calls, or too fast: send fewer messages"),
+    **dict.fromkeys((*DOWN, 551), "Graph is down, or the person is not available: there is nothing to do"),
+    **dict.fromkeys(TOO_FAST, "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
 
@@ -404,7 +404,7 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
     else:
         failure = GraphError(explain(error))
         failure.temporary = bool(status >= 500 or status == 429 or error.get("is_transient")
-                                 or error["code"] in TEMPORARY_CODES)
+                                 or error["code"] in DOWN + TOO_FAST)
     if re.fullmatch("[0-9]{1,6}", headers.get("retry-after", "")):
         failure.retry_after = float(headers["retry-after"])
     raise failure
@@ -420,9 +420,9 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer as http.client reads it, but whole, with `read_fields`, and with a buffer that is kept.
+    """An answer as http.client reads it, but whole, with `read_fields`, and with a buffer that outlives it.
 
-    Bytes that are left in the buffer came after the answer, and the connection must not be reused.
+    If bytes are left in the buffer, they came after the answer, and the connection must not be reused.
     """
 
     def begin(self) -> None:
@@ -437,12 +437,12 @@ class Response(http.client.HTTPResponse):
         self.length = None if self.chunked else length
         self.body = self.read(BODY_BYTES) if self.length is None else self.read()
 
-    def _close_conn(self) -> None:  # which http.client calls at the end of the answer
+    def _close_conn(self) -> None:  # at the end of the answer, which is closed once it has no `fp`
         self.fp = None  # type: ignore[assignment]
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https URLs as urllib's own handlers do, over connections that it keeps open."""
+    """Opens http and https URLs over connections that it keeps open: urllib's http_open and https_open call do_open."""
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
@@ -480,7 +480,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.send(request)  # connects; in one write, where http.client's `request` makes two
             response = Response(connection.sock)
             stack.callback(response.fp.close)
-            stack.callback(response.close)  # first, because it flushes that file
+            stack.callback(response.close)  # runs before that, because it flushes the file
             response.begin()
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
@@ -496,7 +496,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     return None
                 since, connection, buffer = self.idle[key].pop()
             connection.sock.settimeout(0)
-            with buffer:
+            with buffer:  # the next answer has its own
                 try:
                     good = buffer.read(1) is None  # neither data nor the end has arrived
                 except OSError as error:
@@ -555,13 +555,14 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = float("inf")               # when Graph failed first since it last answered
+        self.failing_since = 0.0                        # the first of the failures since Graph last answered
+        self.failed_at = float("-inf")                  # the latest of them, if any
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.stopped = threading.Event()                # set after the drain; ends the pauses between retries
+        self.stopped = threading.Event()                # set after the drain, so that the threads end
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or late_status()."""
-        until = self.clock() + self.limits.answer
+        until = self.clock() + self.limits.answer  # then a first delivery has been answered; this is for the others
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
             for owed in replies:
@@ -583,7 +584,7 @@ class Outbox:
 
     def late_status(self) -> int:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
-        failing = self.clock() - self.failing_since
+        failing = self.failed_at - self.failing_since
         if failing < self.limits.outage:
             return 503
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
@@ -596,7 +597,7 @@ class Outbox:
             for owed in replies[1:self.limits.calls]:  # no more threads than calls at once
                 _thread.start_new_thread(self.send, (owed,))
                 started += 1
-        for owed in [*replies[:1], *replies[started:]]:
+        for owed in [*replies[:1], *replies[started:]]:  # the first, and those that have no thread
             self.send(owed)
 
     def send(self, owed: OwedReply) -> None:
@@ -645,13 +646,16 @@ class Outbox:
             try:
                 with self.calls:
                     graph.call("/me/messages", content)
-                self.failing_since = float("inf")
+                self.failed_at = float("-inf")
                 return
             except GraphError as failure:
                 now = self.clock()
-                self.failing_since = min(self.failing_since, now) if failure.temporary else float("inf")
+                if now - self.failed_at > self.limits.outage:  # after an answer, or a silence as long
+                    self.failing_since = now
+                self.failed_at = now if failure.temporary else float("-inf")
                 left = until - now
-                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
+                seconds = min(pause * random.uniform(0.5, 1), left)  # so that the last try is at the limit
+                seconds = max(seconds, failure.retry_after)
                 if not failure.temporary or left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
@@ -674,7 +678,7 @@ class Bot(http.server.ThreadingHTTPServer):
     start anew with each byte, and the thread of a late delivery is not reading.
     """
 
-    timeout = TICK
+    timeout = TICK  # of handle_request
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
     # Two servers must not share a port, which allow_reuse_address permits on Windows; Python 3.14 sets allow_reuse_port
     allow_reuse_address = os.name == "posix"
@@ -687,7 +691,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
-        # Of each open connection: (deadline, state), where a state has the name of its limit
+        # Of each open connection: (deadline, state); a state is "request", "answer", "linger" or "idle", as its limit
         self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}
         self.stopping = False         # from then on idle connections are ended
 
@@ -706,8 +710,8 @@ class Bot(http.server.ThreadingHTTPServer):
                     idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
                         raise OSError("no place")
-                    self.end(idle[0], "idle")  # which has been idle longest
-                    del self.deadlines[idle[0]]
+                    self.end(idle[0])  # which has been idle longest
+                    del self.deadlines[idle[0]]  # its thread will close it
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -735,10 +739,11 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             for connection, (deadline, state) in list(self.deadlines.items()):
                 if deadline <= now or state == "idle" and self.stopping:
-                    self.end(connection, state)
+                    self.end(connection)
 
-    def end(self, connection: socket.socket, state: str) -> None:
+    def end(self, connection: socket.socket) -> None:
         """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
+        _, state = self.deadlines[connection]
         self.deadlines[connection] = ENDED
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
@@ -759,7 +764,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: for example, because no thread could be started."""
-        if not isinstance(sys.exc_info()[1], OSError):  # that its client is gone
+        if not isinstance(sys.exc_info()[1], OSError):  # which says only that the client is gone
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
     def drain(self) -> int:
@@ -850,9 +855,12 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
-        query = dict(urllib.parse.parse_qsl(self.query.encode("latin-1").decode("utf-8", "replace"), True))
-        healthz = self.path == "/healthz"
-        self.respond(200, TEXTS[200] if healthz else verify_challenge(query, self.server.settings.verify_token))
+        if self.path == "/healthz":
+            self.respond(200, TEXTS[200])
+        else:
+            query = self.query.encode("latin-1").decode("utf-8", "replace")
+            fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+            self.respond(200, verify_challenge(fields, self.server.settings.verify_token))
 
     do_HEAD = do_GET
 
@@ -882,11 +890,15 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command, self.path, self.client_address[0], status, refusal)
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as at the deadline
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as `end` does
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Log what http.server has to say: that a connection has timed out."""
+        log.debug(format, *args)
 
     def finish(self) -> None:
         """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
@@ -911,7 +923,7 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunct
 # ---- chat: talk to the bot on this machine -------------------------------------------------------------------------
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
-SLOW = 0.7                        # s that a slow Graph takes, more than twice that
+SLOW = 0.7                        # s that a slow Graph takes, so that there are two redeliveries
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or Graph's error
     "/sticker": ("a sticker", [("message", {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]})]),
@@ -1049,7 +1061,7 @@ class Chat(socketserver.ThreadingTCPServer):
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
-Finding = Tuple[Any, str, str, str]  # whether it holds, what, and what to print if it does and if it does not
+Finding = Tuple[Any, str, str, str]  # whether it holds, its name, the text if it does, the text with the fix if not
 
 
 def check(environ: Mapping[str, str], url: Optional[str] = None,
@@ -1133,7 +1145,7 @@ def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> 
 class LogFormatter(logging.Formatter):
     """A line for each record, and below it the traceback of a bug; control characters are escaped."""
 
-    quote = False  # what an exception says, which may quote a message or a secret
+    quote = False  # whether to print what an exception says, which may quote a message or a secret
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the lines for a record."""

@@ -737,7 +737,7 @@ class Promise(BotTest):
         def late_status(number):
             status = self.deliver_in_background(bot, delivery(message(mid="m_%d" % number, sender=str(number))))
             self.joined(bot, 1)
-            self.until(lambda: bot.outbox.failing_since <= clock.now)
+            self.until(lambda: bot.outbox.failed_at == clock.now)
             clock.advance(4)
             return status.get(timeout=WAIT)
 
@@ -748,6 +748,8 @@ class Promise(BotTest):
         clock.advance(595)
         self.assertEqual(self.deliver(bot, too_many), 503)
         for number, recovered in (11, accept), (12, lambda call: graph_error(100)):
+            self.until(lambda: bot.outbox.failed_at == clock.now)
+            clock.advance(2)
             (status, again), lines = self.logged(lambda: (late_status(number), self.deliver(bot, too_many)))
             self.assertEqual((status, again), (200, 200))
             self.assertEqual(sum("200 although" in text for level, text in lines if level == "ERROR"), 2)
@@ -756,6 +758,13 @@ class Promise(BotTest):
             bot.graph.answer = failing
             self.assertEqual(late_status(number + 10), 503)
             clock.advance(595)
+
+    def test_two_failures_with_a_long_silence_between_them_are_no_outage(self):
+        clock = Clock()
+        bot = self.start_bot(lambda call: graph_error(613, headers={"Retry-After": "61"}), clock=clock)
+        self.assertEqual(self.deliver(bot, delivery(message())), 503)
+        clock.advance(601)
+        self.assertEqual(self.deliver(bot, delivery(message())), 503)
 
     def test_beyond_1000_pending_replies_a_delivery_gets_503_at_once_unless_nothing_is_pending(self):
         self.assertEqual(echobot.Limits().pending, 1000)
