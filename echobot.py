@@ -279,7 +279,9 @@ def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
     return OwedReply(key, sender, mid, dict(message, text=text))
 
 
-FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))
+FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
+INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # a joiner, a line's end, a surrogate pair
+EXTENDING = "Mn", "Mc", "Me", "Cf", "Sk"  # the categories of marks, selectors and further joiners, of skin tones
 
 
 def pieces(text: str) -> List[str]:
@@ -290,7 +292,8 @@ def pieces(text: str) -> List[str]:
         if end < len(text):
             half = fitting(text, TEXT_UNITS // 2)
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
-            end = ([at for at in cuts if at > half and text[at - 1].isspace()] or cuts)[-1]
+            spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
+            end = (spaces or cuts)[-1]
         result.append(text[:end])
         text = text[end:]
     return result
@@ -304,11 +307,9 @@ def fitting(text: str, units: int) -> int:
 
 def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
-    if text[at] in FLAG_LETTERS:  # a flag is two of them
+    if text[at] in FLAG_LETTERS:
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
-    # A joiner and what it joins, a line's end, a surrogate pair; marks, selectors, further joiners and tags, skin tones
-    return (re.match("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]", text[at - 1:at + 1]) is not None
-            or unicodedata.category(text[at]) in ("Mn", "Mc", "Me", "Cf", "Sk"))
+    return INSEPARABLE.match(text, at - 1) is not None or unicodedata.category(text[at]) in EXTENDING
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
@@ -320,7 +321,7 @@ CLOSE = "Connection: close\r\n"
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
 FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r?\n" % NAME)
-AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)
+AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)  # of a target in absolute form
 HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
 METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
@@ -562,7 +563,7 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or late_status()."""
-        until = self.clock() + self.limits.answer  # then a first delivery has been answered; this is for the others
+        until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
             for owed in replies:
