@@ -667,9 +667,6 @@ class Outbox:
 
 # ---- The server ----------------------------------------------------------------------------------------------------
 
-ENDED = float("inf"), "ended"  # the deadline and state of a connection that its thread has still to close
-
-
 class Bot(http.server.ThreadingHTTPServer):
     """The webhook's server: a thread for each connection, with one deadline at a time.
 
@@ -692,7 +689,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
-        # Of each open connection: (deadline, state); a state is "request", "answer", "linger" or "idle", as its limit
+        # Each open connection's (deadline, state): "request", "answer", "linger" or "idle", like its limit, or "ended"
         self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}
         self.stopping = False         # from then on idle connections are ended
 
@@ -728,7 +725,8 @@ class Bot(http.server.ThreadingHTTPServer):
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
         """Replace a connection's deadline by its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
-            if self.deadlines.get(connection, ENDED) is ENDED:
+            _, current = self.deadlines.get(connection, (0, "ended"))
+            if current == "ended":
                 return False
             del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
             self.deadlines[connection] = self.clock() + getattr(self.limits, state), state
@@ -744,18 +742,18 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def end(self, connection: socket.socket) -> None:
         """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
-        _, state = self.deadlines[connection]
-        self.deadlines[connection] = ENDED
+        _, state = self.deadlines.pop(connection)
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.late_status()
                 connection.setblocking(False)
                 connection.send(encode_answer(status, TEXTS[status]))
         with contextlib.suppress(OSError):  # the client is gone
-            connection.shutdown(socket.SHUT_RDWR)  # the thread reads the end, and closes it
-        if state == "answer":  # that thread is sending, and `close` would leave the file open as long as it does
-            del self.deadlines[connection]
+            connection.shutdown(socket.SHUT_RDWR)  # if the thread is reading, it finds the end, and closes it
+        if state in ("answer", "ended"):  # it is not; `close` would leave the file open until it is done
             socket.close(connection.detach())
+        else:
+            self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and give its place to another."""

@@ -1198,6 +1198,19 @@ class Limits(BotTest):
         self.assertEqual(["would reply" in line for line in logs.output], [False, True, True, True])
         self.assertEqual(self.statuses(bot, LAST), [200])
 
+    def test_a_thread_that_dies_at_once_costs_its_connection_and_nothing_more(self):
+        clock = Clock()
+        bot = self.start_bot(clock=clock)
+        bot.process_request = lambda connection, address: None
+        client = self.connect(bot, LAST)
+        self.until(lambda: bot.deadlines)
+        connection, = bot.deadlines
+        clock.advance(10)
+        self.until(lambda: self.deadlines(bot, "ended"))
+        clock.advance(10)
+        self.until(lambda: connection.fileno() == -1)
+        self.assertEqual(([answer.status for answer in self.rest(client)], bot.deadlines), ([408], {}))
+
     def test_two_colons_listen_for_ipv6_and_ipv4(self):
         try:
             bot = self.start_bot(host="::")
