@@ -73,7 +73,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
     A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may be slow, but must
-    return: many threads run it at once, but never two for one person.  If it raises, the delivery is answered 500.
+    return: many threads run it at once, but never two for one person.  It is called again for the same message if it
+    raised (then the delivery is answered 500) and if Graph failed for a minute.
     """
     return message.get("text") or "I can't echo this"
 
@@ -105,9 +106,9 @@ class Limits(NamedTuple):
     idle_calls: int = 64       # connections to Graph that are kept open while idle
     unused: float = 60.0       # after which an idle connection to Graph is no longer used
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first try until it is given up; at once if Graph asks for a longer pause
+    retry: float = 60.0        # from a reply's first try until it is given up; a longer Retry-After ends it at once
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
-    longest_pause: float = 8.0  # between two tries, so that there are about ten
+    longest_pause: float = 8.0  # between two tries, so that there are about a dozen
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
@@ -228,7 +229,8 @@ class OwedReply:
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid)  # for the log
         self.message = message      # what `reply` gets
-        self.status = 503           # once done: 200 if settled, 500 if `reply` raised, 503 if given up
+        self.status = 503           # then 200 if it is settled, 500 if `reply` raised; the highest is the worst
+        self.began = 0.0            # when its first call began
         self.done = threading.Event()
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
 
@@ -236,8 +238,8 @@ class OwedReply:
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
     replies, errors = [], []
-    for entry in items(delivery, "entry") if delivery.get("object", "page") == "page" else []:
-        for event in items(entry, "messaging"):
+    for entry in list_in(delivery, "entry") if delivery.get("object", "page") == "page" else []:
+        for event in list_in(entry, "messaging"):
             try:
                 replies.append(reply_owed(identity(entry), event))
             except ValueError as error:
@@ -245,7 +247,7 @@ def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str
     return [owed for owed in replies if owed], errors
 
 
-def items(container: Any, name: str) -> List[Any]:
+def list_in(container: Any, name: str) -> List[Any]:
     """Return the list that `container` has under `name`; [] if absent; [None], a malformed item, if malformed."""
     value = container.get(name, []) if isinstance(container, dict) else None
     return value if isinstance(value, list) else [None]
@@ -359,9 +361,9 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     return int(length)
 
 
-def encode_answer(status: int, text: str, fields: str = CLOSE, head_only: bool = False) -> bytes:
+def encode_answer(status: int, text: Optional[str] = None, fields: str = CLOSE, head_only: bool = False) -> bytes:
     """Return the bytes of an answer; `fields` are further lines of its head."""
-    body = text.encode("utf-8", "replace")
+    body = (TEXTS[status] if text is None else text).encode("utf-8", "replace")
     head = ("HTTP/1.1 %d %s\r\nDate: %s\r\nContent-Type: text/plain; charset=utf-8\r\n"
             "X-Content-Type-Options: nosniff\r\nContent-Length: %d\r\n%s\r\n")
     head %= status, http.client.responses[status], email.utils.formatdate(usegmt=True), len(body), fields
@@ -381,11 +383,11 @@ DOWN, TOO_FAST = (1, 2, 1200), (4, 17, 32, 341, 613, 80006)
 MEANINGS: Dict[Any, str] = {
     10: "the person's last message is over 24 hours old, or a permission is missing: ask for pages_messaging in review",
     100: "a parameter is wrong, or the page knows no such person: check that the token is this page's, and GRAPH_URL",
-    102: "the session has expired: generate a new PAGE_ACCESS_TOKEN",
-    190: "the token has expired or was revoked: generate a new PAGE_ACCESS_TOKEN",
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
     1545041: "the person's last message is over 24 hours old: wait for the next one",
-    **dict.fromkeys((*DOWN, 551), "Graph is down, or the person is not available: there is nothing to do"),
+    551: "the person is not available: there is nothing to do",
+    **dict.fromkeys((102, 190), "the session or token has expired or was revoked: generate a new PAGE_ACCESS_TOKEN"),
+    **dict.fromkeys(DOWN, "Graph is down, or cannot reach the person for now: there is nothing to do"),
     **dict.fromkeys(TOO_FAST, "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
@@ -421,7 +423,7 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer as http.client reads it, but whole, with `read_fields`, and with a buffer that outlives it.
+    """An answer that is read whole, its header fields with `read_fields`, and whose buffer stays open after it.
 
     If bytes are left in the buffer, they came after the answer, and the connection must not be reused.
     """
@@ -436,9 +438,10 @@ class Response(http.client.HTTPResponse):
         length = 0 if self.status in (204, 304) else body_length(self.headers, 1)
         self.chunked, self.chunk_left = length == CHUNKED, None
         self.length = None if self.chunked else length
+        # read() raises if a known length is cut off; an unknown one needs a bound
         self.body = self.read(BODY_BYTES) if self.length is None else self.read()
 
-    def _close_conn(self) -> None:  # at the end of the answer, which is closed once it has no `fp`
+    def _close_conn(self) -> None:  # http.client's, at the end of the answer, would close the buffer
         self.fp = None  # type: ignore[assignment]
 
 
@@ -499,9 +502,9 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.sock.settimeout(0)
             with buffer:  # the next answer has its own
                 try:
-                    good = buffer.read(1) is None  # neither data nor the end has arrived
+                    good = buffer.read(1) is None  # neither stray bytes nor the connection's end has come
                 except OSError as error:
-                    good = isinstance(error, ssl.SSLWantReadError)
+                    good = isinstance(error, ssl.SSLWantReadError)  # the same, over TLS
             if good and self.clock() - since < self.limits.unused:
                 connection.sock.settimeout(connection.timeout)
                 return connection
@@ -556,13 +559,12 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = 0.0                        # the first of the failures since Graph last answered
-        self.failed_at = float("-inf")                  # the latest of them, if any
+        self.failing_since = 0.0                        # the first of Graph's failures without a break
+        self.failed_at = float("-inf")                  # the latest of them, if there are any
         self.calls = threading.BoundedSemaphore(limits.calls)
-        self.stopped = threading.Event()                # set after the drain, so that the threads end
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
-        """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or late_status()."""
+        """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or 503."""
         until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
@@ -572,7 +574,7 @@ class Outbox:
             new = [owed for key, owed in unsettled.items() if key not in self.pending]
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
-                return self.late_status()
+                return 503
             for owed in new:  # all at once, so that two deliveries never wait for each other's replies
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
@@ -580,13 +582,12 @@ class Outbox:
         self.send_all(new)
         for owed in unsettled.values():  # some are pending for another delivery of the same events
             self.wait(owed.done, until - self.clock())
-        status = max([owed.status for owed in unsettled.values()], default=200)  # the worst of them
-        return self.late_status() if status == 503 else status
+        return max([owed.status for owed in unsettled.values()], default=200)
 
-    def late_status(self) -> int:
+    def unsettled_status(self) -> int:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
         failing = self.failed_at - self.failing_since
-        if failing < self.limits.outage:
+        if failing < self.limits.outage or self.clock() - self.failed_at > self.limits.outage:
             return 503
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
         return 200
@@ -602,7 +603,7 @@ class Outbox:
             self.send(owed)
 
     def send(self, owed: OwedReply) -> None:
-        """Ask `reply` what to say, send it in the person's turn, and record what has become of it."""
+        """In the person's turn ask `reply` what to say, send it, and record what has become of it."""
         try:
             if owed.previous:
                 owed.previous.wait()
@@ -634,18 +635,18 @@ class Outbox:
         if self.graph is None:
             log.info("dry run, would reply to %s: %s", owed.label, text)
             return
-        began = self.clock()
         for piece in pieces(text):
-            self.send_piece(self.graph, owed, piece, began + self.limits.retry)
-        log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - began) * 1000)
+            self.send_piece(self.graph, owed, piece)
+        log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - owed.began) * 1000)
 
-    def send_piece(self, graph: Graph, owed: OwedReply, piece: str, until: float) -> None:
-        """Send one message, with retries until `until`; raise GraphError if Graph refuses it."""
+    def send_piece(self, graph: Graph, owed: OwedReply, piece: str) -> None:
+        """Send one message, with retries; raise GraphError if Graph refuses it, or when the time is over."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
         while True:
             try:
                 with self.calls:
+                    owed.began = owed.began or self.clock()
                     graph.call("/me/messages", content)
                 self.failed_at = float("-inf")
                 return
@@ -654,14 +655,13 @@ class Outbox:
                 if now - self.failed_at > self.limits.outage:  # after an answer, or a silence as long
                     self.failing_since = now
                 self.failed_at = now if failure.temporary else float("-inf")
-                left = until - now
+                left = owed.began + self.limits.retry - now
                 seconds = min(pause * random.uniform(0.5, 1), left)  # so that the last try is at the limit
                 seconds = max(seconds, failure.retry_after)
                 if not failure.temporary or left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                if self.wait(self.stopped, seconds):
-                    raise
+                self.wait(owed.done, seconds)  # that is, pause: it is not done yet
                 pause = min(2 * pause, self.limits.longest_pause)
 
 
@@ -678,7 +678,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
     timeout = TICK  # of handle_request
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
-    # Two servers must not share a port, which allow_reuse_address permits on Windows; Python 3.14 sets allow_reuse_port
+    # Two servers must not share a port, as allow_reuse_address lets them on Windows, allow_reuse_port in Python 3.14
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
@@ -745,9 +745,9 @@ class Bot(http.server.ThreadingHTTPServer):
         _, state = self.deadlines.pop(connection)
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
-                status = 408 if state == "request" else self.outbox.late_status()
+                status = 408 if state == "request" else self.outbox.unsettled_status()
                 connection.setblocking(False)
-                connection.send(encode_answer(status, TEXTS[status]))
+                connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # if the thread is reading, it finds the end, and closes it
         if state in ("answer", "ended"):  # it is not; `close` would leave the file open until it is done
@@ -774,14 +774,16 @@ class Bot(http.server.ThreadingHTTPServer):
         while (self.deadlines or self.outbox.pending) and self.clock() < until:
             self.service_actions()
             time.sleep(TICK)
-        left = len(self.outbox.pending)
-        self.outbox.stopped.set()
-        return left
+        return len(self.outbox.pending)
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    """Reads the requests of a connection and answers them, in its thread."""
+    """Reads the requests of a connection and answers them, in its thread.
 
+    http.server reads the line of a request, and then calls `parse_request` and `do_GET`, `do_HEAD` or `do_POST`.
+    """
+
+    log_message: Any = staticmethod(log.debug)  # what http.server says of a connection that has timed out
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
     rfile: Any
@@ -791,7 +793,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = self.path = "-"  # for the log, until they are known
-        with contextlib.ExitStack() as self.turn:  # of a large body: until it is parsed
+        with contextlib.ExitStack() as self.turn:  # of a large body, from `read` until it is parsed
             try:
                 super().handle_one_request()
             except RequestError as error:
@@ -855,7 +857,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
         if self.path == "/healthz":
-            self.respond(200, TEXTS[200])
+            self.respond(200)
         else:
             query = self.query.encode("latin-1").decode("utf-8", "replace")
             fields = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
@@ -874,18 +876,19 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.turn.close()
         if errors:
             log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
-        status = self.server.outbox.settle(replies)
-        self.respond(status, TEXTS[status])
+        self.respond(self.server.outbox.settle(replies))
 
     def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Refuse a request, and log the reason."""
         message = message or TEXTS[code]
         self.respond(code, message, explain or message)
 
-    def respond(self, status: int, text: str, refusal: str = "") -> None:
+    def respond(self, status: int, text: Optional[str] = None, refusal: str = "") -> None:
         """Answer the request, in one write, unless it was answered at its deadline."""
         if not self.server.set_deadline(self.connection, "linger"):
             return
+        if status == 503:
+            status = self.server.outbox.unsettled_status()
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command, self.path, self.client_address[0], status, refusal)
@@ -894,10 +897,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Log what http.server has to say: that a connection has timed out."""
-        log.debug(format, *args)
 
     def finish(self) -> None:
         """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
@@ -1104,8 +1103,8 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
         page = graph.call("/me?fields=id,name")
         yield True, what, 'valid, for the page "%s", id %s' % (page.get("name"), page.get("id")), ""
         what = "subscription"
-        apps = items(graph.call("/me/subscribed_apps"), "data")
-        fields = sorted({str(field) for app in apps for field in items(app, "subscribed_fields")})
+        apps = list_in(graph.call("/me/subscribed_apps"), "data")
+        fields = sorted({str(field) for app in apps for field in list_in(app, "subscribed_fields")})
         yield ("messages" in fields, what, "the page sends " + ", ".join(fields), "the page sends no messages: "
                "subscribe the app to messages and messaging_postbacks, in Meta's dashboard")
     except GraphError as failure:

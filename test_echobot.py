@@ -278,7 +278,8 @@ class BotTest(unittest.TestCase):
         bot = echobot.make_server(settings, limits, reply, opener, **times)
         bot.graph, bot.opener, bot.left = graph, opener, None
         threading.Thread(target=bot.serve_forever, args=(0.002,), daemon=True).start()
-        self.addCleanup(self.until, lambda: not bot.outbox.pending)  # else its log would reach the next test
+        # No reply may be left, or its log would reach the next test
+        self.addCleanup(self.until, lambda: not bot.outbox.pending or clock and clock.advance(10 ** 9))
         self.addCleanup(self.stop, bot)
         return bot
 
@@ -759,12 +760,19 @@ class Promise(BotTest):
             self.assertEqual(late_status(number + 10), 503)
             clock.advance(595)
 
-    def test_two_failures_with_a_long_silence_between_them_are_no_outage(self):
-        clock = Clock()
+    def test_only_what_fails_without_a_break_of_10_minutes_is_an_outage(self):
+        clock, hold, payload = Clock(), threading.Event(), delivery(message())
         bot = self.start_bot(lambda call: graph_error(613, headers={"Retry-After": "61"}), clock=clock)
-        self.assertEqual(self.deliver(bot, delivery(message())), 503)
+        for seconds, status in (0, 503), (601, 503), (599, 503), (1, 200), (601, 503), (599, 503), (1, 200):
+            clock.advance(seconds)
+            self.assertEqual(self.deliver(bot, payload), status)
+        bot.graph.answer = held(hold)
         clock.advance(601)
-        self.assertEqual(self.deliver(bot, delivery(message())), 503)
+        status = self.deliver_in_background(bot, payload)
+        self.joined(bot, 1)
+        clock.advance(4)
+        self.assertEqual(status.get(timeout=WAIT), 503)
+        hold.set()
 
     def test_beyond_1000_pending_replies_a_delivery_gets_503_at_once_unless_nothing_is_pending(self):
         self.assertEqual(echobot.Limits().pending, 1000)
@@ -882,6 +890,19 @@ class GraphCalls(BotTest):
         self.assertEqual(bot.graph.calls.qsize(), 2)
         hold.set()
         self.assertEqual([status.get(timeout=WAIT) for status in statuses], [200] * 6)
+
+    def test_a_replys_60_s_begin_with_its_first_call_not_while_it_waits_for_others(self):
+        clock, hold = Clock(), threading.Event()
+        bot = self.start_bot(held(hold), clock=clock, limits={"calls": 1, "answer": 10 ** 6})
+        first = self.deliver_in_background(bot, delivery(message()))
+        bot.graph.calls.get(timeout=WAIT)
+        second = self.deliver_in_background(bot, delivery(message(mid="m_2", sender="3")))
+        self.until(lambda: len(bot.outbox.pending) == 2)
+        bot.graph.answer = in_turn(graph_error(2, 500))
+        clock.advance(61)
+        hold.set()
+        self.until(lambda: clock.advance(0.1) or not bot.outbox.pending)
+        self.assertEqual((first.get(timeout=WAIT), second.get(timeout=WAIT)), (200, 200))
 
 
 HOST, CHUNKED, EXPECT, CLOSE = "Host: bot", "Transfer-Encoding: chunked", "Expect: 100-continue", "Connection: close"
