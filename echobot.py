@@ -71,10 +71,10 @@ Wait = Callable[[threading.Event, float], bool]  # like threading.Event.wait; te
 def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
-    `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none.
-    A postback (the press of a button) comes as {"text": its title, "payload": …}.  `reply` may be slow, but must
-    return: many threads run it at once, but never two for one person.  It is called again for the same message if it
-    raised (then the delivery is answered 500) and if Graph failed for a minute.
+    `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none,
+    beside the person's id, "sender".  A postback (the press of a button) comes as {"text": its title, "payload": …}.
+    `reply` may be slow, but must return: many threads run it at once, but never two for one person.  It is called again
+    for the same message if it raised (then the delivery is answered 500), and if Graph failed for a minute.
     """
     return message.get("text") or "I can't echo this"
 
@@ -192,7 +192,8 @@ def require(value: Any, status: int, *why: str) -> Any:
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
     same = hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace"))
-    require(same, *WRONG_TOKEN, "hub.verify_token differs from VERIFY_TOKEN: use the same value in both")
+    require(same, *WRONG_TOKEN,
+            "hub.verify_token differs from VERIFY_TOKEN (a browser sends none): use the same value in both")
     require(query.get("hub.mode", "subscribe") == "subscribe", *WRONG_TOKEN, "hub.mode is not subscribe")
     return query.get("hub.challenge", "")
 
@@ -227,7 +228,7 @@ class OwedReply:
     def __init__(self, key: bytes, recipient: str, mid: str, message: Dict[str, Any]) -> None:
         self.key = key              # 16 bytes that identify its event
         self.recipient = recipient  # the event's sender
-        self.label = "%s, mid %s" % (recipient, mid)  # for the log
+        self.label = "%s, mid %s" % (recipient, mid or "none")  # for the log
         self.message = message      # what `reply` gets
         self.status = 503           # then 200 if it is settled, 500 if `reply` raised; the highest is the worst
         self.began = 0.0            # when its first call began
@@ -278,7 +279,7 @@ def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
     mid = message["mid"] if isinstance(message.get("mid"), str) else ""
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)  # old postbacks have no mid
     key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    return OwedReply(key, sender, mid, dict(message, text=text))
+    return OwedReply(key, sender, mid, dict(message, text=text, sender=sender))
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
@@ -746,6 +747,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.unsettled_status()
+                log.info("answered %d: there was no %s within %g s", status, state, getattr(self.limits, state))
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
@@ -1081,9 +1083,9 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
         yield from [(False, "settings", "", line) for line in error.args]
         return
     yield (settings.page_access_token, "settings", "PAGE_ACCESS_TOKEN is set",
-           "PAGE_ACCESS_TOKEN is not set, so nothing is sent: set it to the page's token")
+           "PAGE_ACCESS_TOKEN is not set: set it to the page's token, here as for the live bot, or nothing is sent")
     yield (settings.app_secret, "settings", "APP_SECRET is set",
-           "APP_SECRET is not set, so anybody can post deliveries: set it to the app's secret")
+           "APP_SECRET is not set: set it to the app's secret, here as for the live bot, or anybody can post to it")
     if settings.page_access_token:
         yield from graph_findings(Graph(settings, opener, timeout))
     if url and not URL.fullmatch(url):

@@ -421,6 +421,15 @@ class Events(BotTest):
         self.stop(bot)
         self.assertEqual(bot.graph.texts(), [])
 
+    def test_reply_gets_the_message_with_its_text_and_who_sent_it(self):
+        asked = queue.Queue()
+        bot = self.start_bot(reply=asked.put)
+        postback = {"sender": {"id": "3"}, "postback": {"title": "Start", "payload": "P"}}
+        self.assertEqual(self.deliver(bot, delivery(message(quick_reply={"payload": "Q"}), postback)), 200)
+        self.assertCountEqual([asked.get(timeout=WAIT), asked.get(timeout=WAIT)], [
+            {"mid": "m_1", "text": "hello", "quick_reply": {"payload": "Q"}, "sender": "2"},
+            {"title": "Start", "text": "Start", "payload": "P", "sender": "3"}])
+
     def test_every_event_of_every_entry_is_looked_at_and_without_an_object_it_counts_as_a_pages(self):
         for page in {"object": "page"}, {}:
             bot = self.start_bot(accept)
