@@ -747,7 +747,8 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.unsettled_status()
-                log.info("answered %d: there was no %s within %g s", status, state, getattr(self.limits, state))
+                if state == "answer":
+                    log.info("answered %d: the replies were not settled within %g s", status, self.limits.answer)
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
