@@ -668,8 +668,10 @@ class Promise(BotTest):
         status = self.deliver_in_background(bot, delivery(message("hold", "m_hold")))
         self.joined(bot, 1)
         self.assertEqual(self.deliver(bot, delivery(message(sender="3"))), 200)
-        clock.advance(4)
-        self.assertEqual(status.get(timeout=WAIT), 503)
+        with self.assertLogs("echobot", "INFO") as logs:
+            clock.advance(4)
+            self.assertEqual(status.get(timeout=WAIT), 503)
+        self.assertRegex(logs.output[-1], "answered 503.*within 4 s")
         hold.set()
 
     def test_nothing_to_say_is_settled_without_a_call(self):
