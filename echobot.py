@@ -92,26 +92,26 @@ TICK = 0.05                  # s between two looks at the clock: small compared 
 
 
 class Limits(NamedTuple):
-    """The limits that a test, `chat` or a small host may want smaller; times in seconds."""
+    """The limits that a test, `chat` or a small host may want smaller: first times, in seconds, then numbers."""
 
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to read an answer, and after the last one to close
+    graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
+    retry: float = 60.0        # from a reply's first try until it is given up; a longer Retry-After ends it at once
+    first_pause: float = 0.5   # before the second try; each further pause is twice as long
+    longest_pause: float = 8.0  # between two tries, so that there are about a dozen
+    unused: float = 60.0       # after which an idle connection to Graph is no longer used
+    outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
+    drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
+    same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
     connections: int = 500     # at once; more wait in the backlog
     large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
     calls: int = 300           # to Graph at once: as many as it allows a page in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     idle_calls: int = 64       # connections to Graph that are kept open while idle
-    unused: float = 60.0       # after which an idle connection to Graph is no longer used
-    graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first try until it is given up; a longer Retry-After ends it at once
-    first_pause: float = 0.5   # before the second try; each further pause is twice as long
-    longest_pause: float = 8.0  # between two tries, so that there are about a dozen
-    outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
-    drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
-    same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
