@@ -424,9 +424,10 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer that is read whole, its header fields with `read_fields`, and whose buffer stays open after it.
+    """An answer that is read whole, its header fields with `read_fields`, and whose buffer stays open.
 
-    If bytes are left in the buffer, they came after the answer, and the connection must not be reused.
+    http.client closes the buffer at the end of an answer, and what may have come after it is lost unseen.  Here `take`
+    finds it: a connection with bytes left in its buffer must not be used again.
     """
 
     def begin(self) -> None:
@@ -442,7 +443,8 @@ class Response(http.client.HTTPResponse):
         # read() raises if a known length is cut off; an unknown one needs a bound
         self.body = self.read(BODY_BYTES) if self.length is None else self.read()
 
-    def _close_conn(self) -> None:  # http.client's, at the end of the answer, would close the buffer
+    def _close_conn(self) -> None:
+        """End the answer, as http.client asks for, without closing the buffer; `isclosed` is true then."""
         self.fp = None  # type: ignore[assignment]
 
 
@@ -752,8 +754,8 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
-            connection.shutdown(socket.SHUT_RDWR)  # if the thread is reading, it finds the end, and closes it
-        if state in ("answer", "ended"):  # it is not; `close` would leave the file open until it is done
+            connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
+        if state in ("answer", "ended"):  # it is not reading, and would keep the file open: take it away
             socket.close(connection.detach())
         else:
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
