@@ -57,7 +57,7 @@ import traceback
 import unicodedata
 import urllib.parse
 import urllib.request
-from typing import Any, Callable, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
+from typing import Any, Callable, Deque, Dict, Iterator, List, Mapping, NamedTuple, NoReturn, Optional, Sequence, Tuple
 
 __version__ = "2.0"
 log = logging.getLogger("echobot")
@@ -550,7 +550,7 @@ class Graph:
 # ---- The outbox: each reply once, and each person's in order -------------------------------------------------------
 
 class Outbox:
-    """Sends the replies: the first of a delivery in the delivery's thread, the others in threads started for them.
+    """Sends the replies of a delivery: in the delivery's thread, and in one more for each reply after the first.
 
     A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), is given up after a
     minute of temporary failures, or fails because `reply` raised.  Only settled ones are remembered.
@@ -591,19 +591,24 @@ class Outbox:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
         failing = self.failed_at - self.failing_since
         if failing < self.limits.outage or self.clock() - self.failed_at > self.limits.outage:
+            log.info("answering 503, so that Messenger redelivers: not all replies are settled")
             return 503
         log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
         return 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
-        """Send the first reply in this thread, and each other in one of its own, as long as there are threads."""
-        started = 1  # this one
+        """Send the replies, in this thread and in one more for each further reply, as long as there are threads."""
+        left = collections.deque(replies)  # each thread takes its replies from it: one that dies at once takes none
         with contextlib.suppress(RuntimeError, MemoryError):  # there is no thread to be had
-            for owed in replies[1:self.limits.calls]:  # no more threads than calls at once
-                _thread.start_new_thread(self.send, (owed,))
-                started += 1
-        for owed in [*replies[:1], *replies[started:]]:  # the first, and those that have no thread
-            self.send(owed)
+            for _ in replies[1:self.limits.calls]:  # no more threads than calls at once
+                _thread.start_new_thread(self.send_left, (left,))
+        self.send_left(left)
+
+    def send_left(self, left: Deque[OwedReply]) -> None:
+        """Send replies until none is left: in order, so that what a reply waits for has been taken before it."""
+        with contextlib.suppress(IndexError):
+            while True:
+                self.send(left.popleft())
 
     def send(self, owed: OwedReply) -> None:
         """In the person's turn ask `reply` what to say, send it, and record what has become of it."""
@@ -749,8 +754,6 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.unsettled_status()
-                if state == "answer":
-                    log.info("answered %d: the replies were not settled within %g s", status, self.limits.answer)
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone

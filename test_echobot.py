@@ -640,8 +640,8 @@ class Promise(BotTest):
         bot = self.start_bot(lambda call: graph_error(2, 500), clock=clock, limits={"answer": 10 ** 6})
         status, lines = self.logged(self.deliver, bot, delivery(message()))
         self.assertEqual((status, round(sum(clock.pauses), 6)), (503, 60))
-        self.assertEqual([level for level, _ in lines], ["WARNING"] * len(clock.pauses) + ["ERROR"])
-        self.assertRegex(lines[-1][1], "gave up.* 2, mid m_1: code 2")
+        self.assertEqual([level for level, _ in lines], ["WARNING"] * len(clock.pauses) + ["ERROR", "INFO"])
+        self.assertRegex(lines[-2][1], "gave up.* 2, mid m_1: code 2")
         self.assertEqual(bot.graph.calls.qsize(), len(clock.pauses) + 1, "each retry that is announced is made")
         bot.graph.answer = in_turn(graph_error(613, headers={"Retry-After": "61"}))
         answer, = self.answers(bot, signed_request(delivery(message())))
@@ -671,7 +671,7 @@ class Promise(BotTest):
         with self.assertLogs("echobot", "INFO") as logs:
             clock.advance(4)
             self.assertEqual(status.get(timeout=WAIT), 503)
-        self.assertRegex(logs.output[-1], "answered 503.*within 4 s")
+        self.assertRegex(logs.output[-1], "answering 503.*Messenger redelivers")
         hold.set()
 
     def test_nothing_to_say_is_settled_without_a_call(self):
@@ -1242,6 +1242,15 @@ class Limits(BotTest):
         clock.advance(10)
         self.until(lambda: connection.fileno() == -1)
         self.assertEqual(([answer.status for answer in self.rest(client)], bot.deadlines), ([408], {}))
+
+    def test_a_thread_that_dies_at_once_costs_no_reply(self):
+        bot, own = self.start_bot(accept), []
+        settle, send_left = bot.outbox.settle, bot.outbox.send_left
+        bot.outbox.settle = lambda replies: own.append(threading.get_ident()) or settle(replies)
+        bot.outbox.send_left = lambda left: threading.get_ident() in own and send_left(left)
+        people = [message(mid="m_" + each, sender=each) for each in "2345"]
+        self.assertEqual(self.deliver(bot, delivery(*people)), 200)
+        self.assertEqual(bot.graph.calls.qsize(), 4)
 
     def test_two_colons_listen_for_ipv6_and_ipv4(self):
         try:
