@@ -22,8 +22,8 @@ The life of a message:
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200.
- 6. After 4 s the accept loop answers 503 instead, because that thread is still sending.  Messenger redelivers, and the
-    redelivery waits for the replies that are already pending.
+ 6. After 4 s it is answered 503, by the accept loop in the main thread if its own is still sending.  Messenger
+    redelivers, and the redelivery waits for the replies that are already pending.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
 only if Graph accepted it without saying so, if its delivery is redelivered to another process or after 10,000 others,
@@ -99,14 +99,14 @@ class Limits(NamedTuple):
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to read an answer, and after the last one to close
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first try until it is given up; a longer Retry-After ends it at once
+    retry: float = 60.0        # from a reply's first call until it is given up; at once if Retry-After leaves no time
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about a dozen
     unused: float = 60.0       # after which an idle connection to Graph is no longer used
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
-    connections: int = 500     # at once; more wait in the backlog
+    connections: int = 500     # at once; then the longest idle one is ended, or new ones wait in the backlog
     large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
     calls: int = 300           # to Graph at once: as many as it allows a page in a second
@@ -183,7 +183,7 @@ class RequestError(ValueError):
 
 
 def require(value: Any, status: int, *why: str) -> Any:
-    """Return `value`, such as a match; raise RequestError if it is false."""
+    """Return `value`, such as a match; raise RequestError, with `status` and `why` as its `args`, if it is false."""
     if not value:
         raise RequestError(status, *why)
     return value
@@ -487,7 +487,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.send(request)  # connects; in one write, where http.client's `request` makes two
             response = Response(connection.sock)
             stack.callback(response.fp.close)
-            stack.callback(response.close)  # runs before that, because it flushes the file
+            stack.callback(response.close)  # the last is called first, and it flushes that file
             response.begin()
             with self.lock:
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
@@ -562,8 +562,8 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = 0.0                        # the first of Graph's failures without a break
-        self.failed_at = float("-inf")                  # the latest of them, if there are any
+        self.failing_since = 0.0                        # the first of Graph's failures without a break, and the latest:
+        self.failed_at = float("-inf")                  # -inf if the last call was answered, even by a refusal
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
@@ -598,7 +598,7 @@ class Outbox:
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, as long as there are threads."""
-        left = collections.deque(replies)  # each thread takes its replies from it: one that dies at once takes none
+        left = collections.deque(replies)  # which the threads share: one that dies at once has taken none
         with contextlib.suppress(RuntimeError, MemoryError):  # there is no thread to be had
             for _ in replies[1:self.limits.calls]:  # no more threads than calls at once
                 _thread.start_new_thread(self.send_left, (left,))
@@ -630,7 +630,7 @@ class Outbox:
         finally:
             with self.lock:
                 del self.pending[owed.key]
-                if self.last[owed.recipient] is owed.done:
+                if self.last.get(owed.recipient) is owed.done:
                     del self.last[owed.recipient]
                 if owed.status == 200:
                     self.settled[owed.key] = None
@@ -644,7 +644,8 @@ class Outbox:
             log.info("dry run, would reply to %s: %s", owed.label, text)
             return
         for piece in pieces(text):
-            self.send_piece(self.graph, owed, piece)
+            if piece.strip() or piece == text:  # Graph refuses a blank one, and the rest would be lost
+                self.send_piece(self.graph, owed, piece)
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - owed.began) * 1000)
 
     def send_piece(self, graph: Graph, owed: OwedReply, piece: str) -> None:
@@ -758,9 +759,9 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
-        if state in ("answer", "ended"):  # it is not reading, and would keep the file open: take it away
+        if state in ("answer", "ended"):  # it is sending or waits for a turn, with the file open: take that away
             socket.close(connection.detach())
-        else:
+        else:  # it has as long as for a request
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -801,7 +802,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = self.path = "-"  # for the log, until they are known
-        with contextlib.ExitStack() as self.turn:  # of a large body, from `read` until it is parsed
+        with contextlib.ExitStack() as self.turn:  # of a large body, one of `Limits.large`, until it is parsed
             try:
                 super().handle_one_request()
             except RequestError as error:
@@ -893,7 +894,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, status: int, text: Optional[str] = None, refusal: str = "") -> None:
         """Answer the request, in one write, unless it was answered at its deadline."""
-        if not self.server.set_deadline(self.connection, "linger"):
+        if not self.server.set_deadline(self.connection, "linger"):  # from now on the accept loop does not answer
             return
         if status == 503:
             status = self.server.outbox.unsettled_status()

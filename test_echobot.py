@@ -501,6 +501,11 @@ class Text(BotTest):
                 self.assertEqual("".join(sent), text)
                 self.assertEqual(len(sent), -(-units(text) // 2000))
 
+    def test_what_follows_2000_blanks_is_sent(self):
+        bot = self.start_bot(lambda call: ACCEPTED if call.text.strip() else graph_error(100))
+        self.assertEqual(self.deliver(bot, delivery(message("a" + " " * 4500 + "b"))), 200)
+        self.assertRegex("".join(bot.graph.texts()), "a +b")
+
     def test_a_text_is_cut_after_white_space_in_the_second_half_of_a_piece_or_else_as_late_as_can_be(self):
         a, pair, flag = "a", "\U0001f600", "\U0001f1e8"
         for name, text, lengths in [
