@@ -961,13 +961,15 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         """Answer a call, with the fault that was asked for, or as it deserves."""
         body = self.rfile.read(int(self.headers["Content-Length"])).decode()
         self.server.show("bot > Graph", "POST %s HTTP/1.1" % re.sub("=[^&]*", "=***", self.path), body)
-        text = json.loads(body)["message"]["text"]
+        content = json.loads(body)
+        text = content["message"]["text"]
         fault, self.server.fault = self.server.fault, ""
         time.sleep(SLOW if fault == "/slow" else 0)
         error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
         if not self.path.endswith("/me/messages?" + self.server.credentials):
             error = {"code": 100 if self.server.credentials.split("&")[0] in self.path else 190}
-        elif not isinstance(text, str) or not text.strip() or len(pieces(text)) > 1:
+        elif (content.get("messaging_type") != "RESPONSE" or content.get("recipient") != {"id": PERSON}
+              or not isinstance(text, str) or not text.strip() or len(pieces(text)) > 1):
             error = {"code": 100}
         status = 500 if fault == "/500" else 400 if error else 200
         answer = json.dumps({"error": {**error, "message": "fake", "type": "OAuthException", "fbtrace_id": "fake"}}

@@ -1739,11 +1739,13 @@ class Chat(BotTest):
         self.addCleanup(graph.server_close)
         self.addCleanup(graph.shutdown)
         threading.Thread(target=graph.serve_forever, args=(0.002,), daemon=True).start()
-        for text, query, code in [("hi", CREDENTIALS, None), (2000 * "x", CREDENTIALS, None), ("", CREDENTIALS, 100),
-                                  (1001 * "\U0001f600", CREDENTIALS, 100), (" \n", CREDENTIALS, 100), ("hi", "", 190),
-                                  (5, CREDENTIALS, 100), ("hi", "access_token=" + TOKEN, 100)]:
-            content = {"recipient": {"id": "1"}, "messaging_type": "RESPONSE", "message": {"text": text}}
-            with self.subTest(text):
+        for text, code, query, change in [
+                ("hi", None, CREDENTIALS, {}), (2000 * "x", None, CREDENTIALS, {}), ("", 100, CREDENTIALS, {}),
+                (" \n", 100, CREDENTIALS, {}), (1001 * "\U0001f600", 100, CREDENTIALS, {}), (5, 100, CREDENTIALS, {}),
+                ("hi", 190, "", {}), ("hi", 100, "access_token=" + TOKEN, {}),
+                ("hi", 100, CREDENTIALS, {"messaging_type": None}), ("hi", 100, CREDENTIALS, {"recipient": "1001"})]:
+            content = {"recipient": {"id": "1001"}, "messaging_type": "RESPONSE", "message": {"text": text}, **change}
+            with self.subTest(text, query=query, change=change):
                 _, _, answer = self.request(graph, "POST", "/v26.0/me/messages?" + query, json.dumps(content))
                 self.assertEqual(json.loads(answer).get("error", {}).get("code"), code)
                 self.assertEqual([said.get() for _ in range(said.qsize())], [] if code else [text])
