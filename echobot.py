@@ -21,9 +21,12 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200.
- 6. After 4 s it is answered 503, by the accept loop in the main thread if its own is still sending.  Messenger
-    redelivers, and the redelivery waits for the replies that are already pending.
+ 5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200;
+    500 if `reply` raised; and 503 if a reply was given up after a minute of failures.
+ 6. After 4 s the accept loop in the main thread answers 503, while the delivery's own thread goes on sending; and 503
+    comes at once while 1,000 replies are pending.  Messenger redelivers, and the redelivery waits for the replies that
+    are pending; one that raised or was given up starts afresh, behind what that person has said since.
+ 7. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
 only if Graph accepted it without saying so, if its delivery is redelivered to another process or after 10,000 others,
@@ -563,7 +566,7 @@ class Outbox:
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         self.failing_since = 0.0                        # the first of Graph's failures without a break, and the latest:
-        self.failed_at = float("-inf")                  # -inf if the last call was answered, even by a refusal
+        self.failed_at = float("-inf")                  # -inf if the last call was accepted or permanently refused
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
@@ -644,7 +647,7 @@ class Outbox:
             log.info("dry run, would reply to %s: %s", owed.label, text)
             return
         for piece in pieces(text):
-            if piece.strip() or piece == text:  # Graph refuses a blank one, and the rest would be lost
+            if piece.strip() or not text.strip():  # Graph refuses a blank one, and the rest would be lost
                 self.send_piece(self.graph, owed, piece)
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - owed.began) * 1000)
 
@@ -761,7 +764,7 @@ class Bot(http.server.ThreadingHTTPServer):
             connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
         if state in ("answer", "ended"):  # it is sending or waits for a turn, with the file open: take that away
             socket.close(connection.detach())
-        else:  # it has as long as for a request
+        else:  # its thread, woken by the shutdown, has as long as for a request to close it
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -901,7 +904,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
                     self.command, self.path, self.client_address[0], status, refusal)
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as `end` does
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # `end`'s closes too
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
