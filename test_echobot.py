@@ -1277,18 +1277,17 @@ class Draining(BotTest):
         self.until(lambda: bot.stopping)
         return left
 
-    def test_what_is_under_way_is_finished_with_its_retries_and_answered_and_nothing_new_is_accepted(self):
+    def test_what_is_under_way_is_finished_and_answered_and_nothing_new_is_accepted(self):
         hold = threading.Event()
-        bot = self.start_bot(held(hold, graph_error(2, 500)), limits={"first_pause": 0.02, "answer": WAIT})
+        bot = self.start_bot(held(hold), limits={"answer": WAIT})
         client = self.connect(bot, signed_request(delivery(message(), message(mid="m_2"))))
         bot.graph.calls.get(timeout=WAIT)
         left = self.stop_in_background(bot)
         self.assertRaises(OSError, self.deliver, bot, delivery(message(mid="m_3")))
-        bot.graph.answer = accept
         hold.set()
         answer, = self.rest(client)
         self.assertEqual((answer.status, answer.fields["Connection"], left.get(timeout=WAIT)), (200, "close", 0))
-        self.assertEqual(bot.graph.calls.qsize(), 2)
+        self.assertEqual(bot.graph.calls.qsize(), 1)
 
     def test_idle_connections_are_closed_at_once_and_others_when_their_request_is_answered_or_late(self):
         clock = Clock()
@@ -1302,6 +1301,12 @@ class Draining(BotTest):
         self.assertEqual([answer.text for answer in self.rest(late)], ["last"])
         clock.advance(10)
         self.assertEqual(([answer.status for answer in self.rest(silent)], left.get(timeout=WAIT)), ([408], 0))
+
+    def test_a_reply_in_a_pause_between_retries_is_waited_for(self):
+        bot = self.start_bot(in_turn(graph_error(2, 500), graph_error(2, 500)), {"first_pause": 0.02, "answer": WAIT})
+        status = self.deliver_in_background(bot, delivery(message()))
+        bot.graph.calls.get(timeout=WAIT)
+        self.assertEqual((self.stop(bot), status.get(timeout=WAIT), bot.graph.calls.qsize()), (0, 200, 2))
 
     def test_replies_get_25_s_and_what_is_left_then_is_counted(self):
         clock, hold = Clock(), threading.Event()
