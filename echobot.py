@@ -967,7 +967,8 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         content = json.loads(body)
         text = content["message"]["text"]
         fault, self.server.fault = self.server.fault, ""
-        time.sleep(SLOW if fault == "/slow" else 0)
+        if fault == "/slow":
+            time.sleep(SLOW)
         error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
         if not self.path.endswith("/me/messages?" + self.server.credentials):
             error = {"code": 100 if self.server.credentials.split("&")[0] in self.path else 190}
