@@ -23,10 +23,11 @@ The life of a message:
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200;
     500 if `reply` raised; and 503 if a reply was given up after a minute of failures.
- 6. After 4 s the accept loop in the main thread answers 503, while the delivery's own thread goes on sending; and 503
-    comes at once while 1,000 replies are pending.  Messenger redelivers, and the redelivery waits for the replies that
-    are pending; one that raised or was given up starts afresh, behind what that person has said since.
- 7. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
+ 6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
+    sending.  Messenger redelivers, and the redelivery waits for the replies that are pending.  One that was given up,
+    or for which `reply` raised, starts afresh; if that person has said more since, that has been answered before it.
+ 7. While 1,000 replies are pending, a delivery that owes more is answered 503 at once, and waits at Messenger.
+ 8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
 only if Graph accepted it without saying so, if its delivery is redelivered to another process or after 10,000 others,
@@ -161,6 +162,8 @@ def settings_errors(settings: Settings) -> Iterator[str]:
     for name in "page_access_token", "app_secret":
         if not re.fullmatch("[!-~]*", getattr(settings, name)):
             yield name.upper() + " contains a space or an invalid character: copy it again, without anything around it"
+    if not settings.verify_token.isprintable():
+        yield "VERIFY_TOKEN contains an invalid character: set it to any words"
     if settings.page_access_token and not settings.app_secret and settings.allow_unsigned != "1":
         yield ("PAGE_ACCESS_TOKEN is set without APP_SECRET, so anybody could make the bot speak: set APP_SECRET to "
                "the app's secret (Meta's dashboard: App settings, Basic), or ALLOW_UNSIGNED=1 to let anybody in")
@@ -194,7 +197,7 @@ def require(value: Any, status: int, *why: str) -> Any:
 
 def verify_challenge(query: Mapping[str, str], verify_token: str) -> str:
     """Return the challenge of a webhook verification; raise RequestError if its token or mode is wrong."""
-    same = hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode("utf-8", "replace"))
+    same = hmac.compare_digest(query.get("hub.verify_token", "").encode(), verify_token.encode())
     require(same, *WRONG_TOKEN,
             "hub.verify_token differs from VERIFY_TOKEN (a browser sends none): use the same value in both")
     require(query.get("hub.mode", "subscribe") == "subscribe", *WRONG_TOKEN, "hub.mode is not subscribe")
@@ -257,9 +260,9 @@ def list_in(container: Any, name: str) -> List[Any]:
     return value if isinstance(value, list) else [None]
 
 
-def identity(party: Any) -> str:
-    """Return the id of a sender, recipient or entry, or an empty string."""
-    value = party.get("id") if isinstance(party, dict) else None
+def identity(thing: Any, name: str = "id") -> str:
+    """Return the id of a sender, recipient or entry, or the "mid" of a message; an empty string if it has none."""
+    value = thing.get(name) if isinstance(thing, dict) else None
     return str(value) if type(value) in (str, int) else ""
 
 
@@ -279,15 +282,15 @@ def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
     sender = identity(event.get("sender"))  # the page's own messages come as events too
     if sender in ("", page, identity(event.get("recipient"))) or message.get("is_echo") or message.get("is_deleted"):
         return None
-    mid = message["mid"] if isinstance(message.get("mid"), str) else ""
+    mid = identity(message, "mid")
     name = mid or "%s %s %s" % (sender, event.get("timestamp"), kind)  # old postbacks have no mid
     key = hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     return OwedReply(key, sender, mid, dict(message, text=text, sender=sender))
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
-INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # a joiner, a line's end, a surrogate pair
-EXTENDING = "Mn", "Mc", "Me", "Cf", "Sk"  # the categories of marks, selectors and further joiners, of skin tones
+INSEPARABLE = re.compile(  # after a joiner; a line's end; a surrogate pair; before a joiner, a skin tone, a flag's tag
+    "\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]|.[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]", re.DOTALL)
 
 
 def pieces(text: str) -> List[str]:
@@ -297,7 +300,8 @@ def pieces(text: str) -> List[str]:
         end = fitting(text, TEXT_UNITS)
         if end < len(text):
             half = fitting(text, TEXT_UNITS // 2)
-            cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
+            end_of_words = len(text.rstrip())  # a cut behind it would leave a blank piece, which Graph refuses
+            cuts = [at for at in range(1, min(end + 1, end_of_words)) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
         result.append(text[:end])
@@ -315,7 +319,7 @@ def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
     if text[at] in FLAG_LETTERS:
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
-    return INSEPARABLE.match(text, at - 1) is not None or unicodedata.category(text[at]) in EXTENDING
+    return INSEPARABLE.match(text, at - 1) is not None or unicodedata.category(text[at]) in ("Mn", "Mc", "Me")
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
@@ -361,8 +365,9 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     if length is None:
         return None
     require(re.fullmatch("[0-9]+", length), 400, "Content-Length is not a decimal number, or is given twice.")
-    require(len(length) <= 10 and int(length) <= BODY_BYTES, 413, TOO_LONG)  # int refuses thousands of digits
-    return int(length)
+    size = float(length)  # int refuses thousands of digits
+    require(size <= BODY_BYTES, 413, TOO_LONG)
+    return int(size)
 
 
 def encode_answer(status: int, text: Optional[str] = None, fields: str = CLOSE, head_only: bool = False) -> bytes:
@@ -390,7 +395,7 @@ MEANINGS: Dict[Any, str] = {
     368: "Facebook has blocked the page or the app for its behavior: see the page's support inbox",
     1545041: "the person's last message is over 24 hours old: wait for the next one",
     551: "the person is not available: there is nothing to do",
-    **dict.fromkeys((102, 190), "the session or token has expired or was revoked: generate a new PAGE_ACCESS_TOKEN"),
+    **dict.fromkeys((102, 190), "the token is wrong, has expired or was revoked: generate a new PAGE_ACCESS_TOKEN"),
     **dict.fromkeys(DOWN, "Graph is down, or cannot reach the person for now: there is nothing to do"),
     **dict.fromkeys(TOO_FAST, "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
@@ -412,7 +417,7 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
         failure = GraphError(explain(error))
         failure.temporary = bool(status >= 500 or status == 429 or error.get("is_transient")
                                  or error["code"] in DOWN + TOO_FAST)
-    if re.fullmatch("[0-9]{1,6}", headers.get("retry-after", "")):
+    if re.fullmatch("[0-9]+", headers.get("retry-after", "")):
         failure.retry_after = float(headers["retry-after"])
     raise failure
 
@@ -462,7 +467,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.idle: Dict[Any, List[Tuple[float, Any, Any]]] = collections.defaultdict(list)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Return the Response to `req`, read whole; raise OSError if there is none."""
+        """Return the Response to `req`, read whole; see `fetch` for the errors."""
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
@@ -471,17 +476,12 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         data: Any = req.data or b""
         key = req.type, req.host, tunnel
-        try:
-            connection = self.take(key)
-            if connection is None:
-                connection = http_class(req.host, timeout=req.timeout, **options)
-                if tunnel:
-                    connection.set_tunnel(tunnel, headers=for_proxy)
-            return self.exchange(key, connection, head.encode("latin-1") + data)
-        except OSError:  # first, because an error of a certificate is a ValueError too
-            raise
-        except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token
-            raise OSError(type(error).__name__) from error
+        connection = self.take(key)
+        if connection is None:
+            connection = http_class(req.host, timeout=req.timeout, **options)
+            if tunnel:
+                connection.set_tunnel(tunnel, headers=for_proxy)
+        return self.exchange(key, connection, head.encode("latin-1") + data)
 
     def exchange(self, key: Any, connection: Any, request: bytes) -> Response:
         """Return the Response to `request`; keep the connection open if it can be used again."""
@@ -527,6 +527,17 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
     return opener
 
 
+def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Response:
+    """Return the Response to `request`; raise OSError, whose text quotes no secret, if there is none."""
+    try:
+        response: Response = opener.open(request, timeout=timeout)
+        return response
+    except OSError:  # first, because an error of a certificate is a ValueError too
+        raise
+    except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token, or a proxy's password
+        raise OSError(type(error).__name__) from error
+
+
 class Graph:
     """The Graph API, for one page; `credentials` are the query that every call has."""
 
@@ -543,7 +554,7 @@ class Graph:
         body = None if content is None else json.dumps(content).encode()
         request = urllib.request.Request(url, body, {"Content-Type": "application/json"})
         try:
-            response = self.opener.open(request, timeout=self.timeout)
+            response = fetch(self.opener, request, self.timeout)
         except OSError as error:
             raise GraphError("no answer from Graph (%s): check GRAPH_URL, https_proxy and this host's network"
                              % error) from error
@@ -565,8 +576,8 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since = 0.0                        # the first of Graph's failures without a break, and the latest:
-        self.failed_at = float("-inf")                  # -inf if the last call was accepted or permanently refused
+        self.failing_since: Optional[float] = None      # the first of Graph's failures without a break, and the latest:
+        self.failed_at = 0.0                            # an answer is a break, and so is a silence as long as an outage
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
@@ -592,18 +603,18 @@ class Outbox:
 
     def unsettled_status(self) -> int:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
-        failing = self.failed_at - self.failing_since
-        if failing < self.limits.outage or self.clock() - self.failed_at > self.limits.outage:
+        since, outage = self.failing_since, self.limits.outage
+        if since is None or self.failed_at - since < outage or self.clock() - self.failed_at > outage:
             log.info("answering 503, so that Messenger redelivers: not all replies are settled")
             return 503
-        log.error("answering 200 although replies are unsent: Graph has failed for %d s", failing)
+        log.error("answering 200 although replies are unsent: Graph has failed for %d s", self.failed_at - since)
         return 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, as long as there are threads."""
         left = collections.deque(replies)  # which the threads share: one that dies at once has taken none
         with contextlib.suppress(RuntimeError, MemoryError):  # there is no thread to be had
-            for _ in replies[1:self.limits.calls]:  # no more threads than calls at once
+            for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
                 _thread.start_new_thread(self.send_left, (left,))
         self.send_left(left)
 
@@ -621,12 +632,7 @@ class Outbox:
             text = self.reply(owed.message) or ""
             if not isinstance(text, str):
                 raise TypeError("reply returned %s: it must return a string or None" % type(text).__name__)
-            if text:
-                self.send_text(owed, text)
-            owed.status = 200
-        except GraphError as failure:
-            owed.status, outcome = (503, "gave up") if failure.temporary else (200, "Graph refused")
-            log.error("%s the reply to %s: %s", outcome, owed.label, failure)
+            owed.status = self.send_text(owed, text) if text else 200
         except BaseException:  # SystemExit too: it must not end the thread before the delivery is answered
             owed.status = 500
             log.exception("reply failed for %s", owed.label)
@@ -641,15 +647,21 @@ class Outbox:
                         self.settled.popitem(last=False)
             owed.done.set()
 
-    def send_text(self, owed: OwedReply, text: str) -> None:
-        """Send a text in as many messages as it needs; raise GraphError if Graph refuses one."""
+    def send_text(self, owed: OwedReply, text: str) -> int:
+        """Send a text in as many messages as it needs; return 200 if it is settled, 503 if it was given up."""
         if self.graph is None:
             log.info("dry run, would reply to %s: %s", owed.label, text)
-            return
-        for piece in pieces(text):
-            if piece.strip() or not text.strip():  # Graph refuses a blank one, and the rest would be lost
-                self.send_piece(self.graph, owed, piece)
+            return 200
+        try:
+            for piece in pieces(text):
+                if piece.strip() or not text.strip():  # Graph refuses a blank one, and the rest would be lost
+                    self.send_piece(self.graph, owed, piece)
+        except GraphError as failure:
+            status, outcome = (503, "gave up") if failure.temporary else (200, "Graph refused")
+            log.error("%s the reply to %s: %s", outcome, owed.label, failure)
+            return status
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - owed.began) * 1000)
+        return 200
 
     def send_piece(self, graph: Graph, owed: OwedReply, piece: str) -> None:
         """Send one message, with retries; raise GraphError if Graph refuses it, or when the time is over."""
@@ -660,17 +672,20 @@ class Outbox:
                 with self.calls:
                     owed.began = owed.began or self.clock()
                     graph.call("/me/messages", content)
-                self.failed_at = float("-inf")
+                self.failing_since = None
                 return
             except GraphError as failure:
+                if not failure.temporary:
+                    self.failing_since = None
+                    raise
                 now = self.clock()
-                if now - self.failed_at > self.limits.outage:  # after an answer, or a silence as long
+                if self.failing_since is None or now - self.failed_at > self.limits.outage:
                     self.failing_since = now
-                self.failed_at = now if failure.temporary else float("-inf")
+                self.failed_at = now
                 left = owed.began + self.limits.retry - now
                 seconds = min(pause * random.uniform(0.5, 1), left)  # so that the last try is at the limit
                 seconds = max(seconds, failure.retry_after)
-                if not failure.temporary or left <= 0 or seconds > left:
+                if left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
                 self.wait(owed.done, seconds)  # that is, pause: it is not done yet
@@ -792,28 +807,27 @@ class Bot(http.server.ThreadingHTTPServer):
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
     """Reads the requests of a connection and answers them, in its thread.
 
-    http.server reads the line of a request, and then calls `parse_request` and `do_GET`, `do_HEAD` or `do_POST`.
+    http.server's `handle` calls `handle_one_request` until `close_connection` is true, and then `finish`.
     """
 
-    log_message: Any = staticmethod(log.debug)  # what http.server says of a connection that has timed out
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
     rfile: Any
-    raw_requestline: bytes
 
     def handle_one_request(self) -> None:
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
-        self.command = self.path = "-"  # for the log, until they are known
+        self.command = "request"  # for the log, until it is known
         with contextlib.ExitStack() as self.turn:  # of a large body, one of `Limits.large`, until it is parsed
             try:
-                super().handle_one_request()
+                if self.parse_request():
+                    getattr(self, "do_" + self.command)()
             except RequestError as error:
                 self.send_error(*error.args)
             except OSError:  # the client is gone
                 self.close_connection = True
             except Exception:
-                log.exception("a bug in %s %s", self.command, self.path)
+                log.exception("a bug in a %s", self.command)
                 self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
         if not self.close_connection:
@@ -821,10 +835,12 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                                          and self.server.set_deadline(self.connection, "request"))
 
     def parse_request(self) -> bool:
-        """Read the request, its body included, and return True; raise RequestError if it is refused."""
-        line = self.raw_requestline
+        """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
+        line = self.rfile.readline(LINE_BYTES + 1)
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
+        if not line:
+            return False
         require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
         match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
@@ -834,7 +850,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         require(HOST_FIELD.fullmatch(self.fields.get("host", "")), 400, "Host is malformed, or given twice.")
         self.body = self.read_body(version)
         self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
-        require(self.path in METHODS, 404, "There is nothing here.")
+        require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
         return True
 
@@ -902,8 +918,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if status == 503:
             status = self.server.outbox.unsettled_status()
         if refusal:
-            log.log(logging.WARNING if status == 403 else logging.INFO, "refused %s %.100s from %s with %d: %s",
-                    self.command, self.path, self.client_address[0], status, refusal)
+            log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
+                    self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
         self.close_connection = self.close_connection or self.server.stopping or status == 503  # `end`'s closes too
         fields = CLOSE if self.close_connection else ""
         if status == 405:
@@ -1035,7 +1051,8 @@ class Chat(socketserver.ThreadingTCPServer):
                 self.sent += 1
                 sender, recipient = (PAGE, PERSON) if "is_echo" in value else (PERSON, PAGE)
                 entry["messaging"].append({"sender": {"id": sender}, "recipient": {"id": recipient},
-                                           "timestamp": entry["time"], kind: {"mid": "m_%d" % self.sent, **value}})
+                                           "timestamp": entry["time"],
+                                           kind: value if kind == "read" else {"mid": "m_%d" % self.sent, **value}})
             self.body = json.dumps({"object": "page", "entry": [entry]}).encode()
             self.deliver(signed=True)
 
@@ -1046,7 +1063,7 @@ class Chat(socketserver.ThreadingTCPServer):
         for _ in range(200):  # in a minute; Messenger goes on for an hour
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *["%s: %s" % field for field in fields.items()],
                       self.body.decode())
-            response = self.opener.open(urllib.request.Request(self.url, self.body, fields), timeout=60)
+            response = fetch(self.opener, urllib.request.Request(self.url, self.body, fields), 60)
             status, text = response.status, response.body.decode()
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, text)
             if status != 503:
@@ -1105,10 +1122,10 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
         yield False, "URL", "", "not a plain http or https URL: give one like https://example.com/webhook"
     elif url:
         try:
-            yield from webhook_findings(settings, url, functools.partial(opener.open, timeout=timeout))
+            yield from webhook_findings(settings, url, functools.partial(fetch, opener, timeout=timeout))
         except OSError as error:
-            yield (False, "webhook", "", "no answer (%s): check the address, that the bot runs, and that this host can "
-                   "reach it" % error)
+            yield (False, "webhook", "", "no answer (%s): check the address, its certificate, that the bot runs, and "
+                   "that this host can reach it" % error)
 
 
 def graph_findings(graph: Graph) -> Iterator[Finding]:
@@ -1126,7 +1143,7 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
         yield False, what, "", str(failure)
 
 
-def webhook_findings(settings: Settings, url: str, call: Callable[..., Any]) -> Iterator[Finding]:
+def webhook_findings(settings: Settings, url: str, call: Callable[..., Response]) -> Iterator[Finding]:
     """Yield how the public webhook answers valid and invalid requests, made as Messenger makes them."""
     def ask(query: Optional[Dict[str, str]], **fields: str) -> Tuple[int, str]:
         target = url + "?" + urllib.parse.urlencode(query) if query else url
@@ -1202,7 +1219,7 @@ def serve(environ: Mapping[str, str]) -> int:
     log.setLevel(settings.log_level)
     threading.stack_size(STACK_BYTES)
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        # Python's threads take turns: on one processor they handle nearly twice as much as on two
+        # Python's threads take turns, and handing over to another processor costs a third of the rate
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     return run_until_signal(bot)
 

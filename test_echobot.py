@@ -518,6 +518,8 @@ class Text(BotTest):
             ("white space twice", a * 1200 + " " + a * 300 + "\n" + a * 1000, [1502, 1000]),
             ("white space in a row", a * 1500 + " \n\u3000" + a * 1000, [1503, 1000]),
             ("white space at the end", a * 1999 + " a", [2000, 1]), ("after it", a * 2000 + " a", [2000, 2]),
+            ("white space behind 2000", a * 2000 + " ", [1999, 2]),
+            ("white space before marks that stand alone", a * 1500 + " `^\u200f" + a * 1000, [1501, 1003]),
             ("white space with an accent", a * 1500 + " " + a * 498 + " \u0301" + a * 9, [1501, 509]),
             ("flags", flag * 1200, [1000, 200]), ("a flag and a half", a * 1993 + flag * 4, [1995, 2]),
             ("lone surrogates", a * 1999 + "\ud83d" * 2, [2000, 1]), ("other ones", a * 1999 + "\ude00" * 2, [2000, 1]),
@@ -648,16 +650,21 @@ class Promise(BotTest):
         self.assertEqual([level for level, _ in lines], ["WARNING"] * len(clock.pauses) + ["ERROR", "INFO"])
         self.assertRegex(lines[-2][1], "gave up.* 2, mid m_1: code 2")
         self.assertEqual(bot.graph.calls.qsize(), len(clock.pauses) + 1, "each retry that is announced is made")
-        bot.graph.answer = in_turn(graph_error(613, headers={"Retry-After": "61"}))
-        answer, = self.answers(bot, signed_request(delivery(message())))
-        self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
+        for too_long in "61", 400 * "9":
+            bot.graph.answer = in_turn(graph_error(613, headers={"Retry-After": too_long}))
+            answer, = self.answers(bot, signed_request(delivery(message())))
+            self.assertEqual((answer.status, answer.fields["Connection"]), (503, "close"))
         self.assertEqual(self.deliver(bot, delivery(message())), 200)
 
     def test_what_reply_does_wrong_gets_500_and_a_redelivery_starts_afresh(self):
         def recurse(message):
             return recurse(message)
 
-        for wrong in (lambda message: 5), (lambda message: [message]), (lambda message: {}["x"]), recurse, sys.exit:
+        def call_graph(message):
+            raise echobot.GraphError
+
+        for wrong in ((lambda message: 5), (lambda message: [message]), (lambda message: {}["x"]), recurse, sys.exit,
+                      call_graph):
             behavior = [wrong, wrong]
             bot = self.start_bot(accept, reply=lambda message: behavior.pop()(message) if behavior else "mended")
             with self.assertLogs("echobot", "ERROR"):
@@ -700,6 +707,7 @@ class Promise(BotTest):
         first = {"sender": {"id": "2"}, "recipient": {"id": "1"}, "timestamp": 5, "message": {"text": "hello"}}
         for other, texts in ((first, ["hello"]), (dict(first, timestamp=6), ["hello"] * 2),
                              (dict(first, sender={"id": "3"}), ["hello"] * 2),
+                             (dict(first, message={"mid": 11, "text": "hello"}), ["hello"] * 2),
                              ({**first, "message": None, "postback": {"title": "hello"}}, ["hello"] * 2)):
             bot = self.start_bot(accept)
             self.assertEqual([self.deliver(bot, delivery(event)) for event in (first, other)], [200, 200])
@@ -746,6 +754,13 @@ class Promise(BotTest):
         self.assertEqual((status.get(timeout=WAIT), second.get(timeout=WAIT)), (200, 200))
         self.assertEqual([call.text for call in list(bot.graph.calls.queue) if call.recipient == "7"],
                          ["hello", "hello", "second"])
+
+    def test_one_persons_many_messages_hold_up_nobody_in_the_same_delivery(self):
+        bot = self.start_bot(lambda call: ACCEPTED if call.recipient == "3" else graph_error(2, 500),
+                             clock=Clock(), limits={"calls": 2})
+        people = [message(mid="m_%d" % number, sender="7") for number in range(9)] + [message(mid="m_x", sender="3")]
+        self.deliver_in_background(bot, delivery(*people))
+        self.until(lambda: "3" in [call.recipient for call in list(bot.graph.calls.queue)])
 
     def test_after_10_minutes_of_failure_late_deliveries_get_200_and_so_do_those_too_many_and_it_is_logged(self):
         def failing(call):
@@ -1005,6 +1020,7 @@ class Wire(BotTest):
             with self.subTest(why, status=status):
                 answer, *others = self.answers(bot, request + SMUGGLED)
                 self.assertEqual((answer.status, answer.fields.get("Connection"), others), (status, "close", []))
+        self.assertEqual(self.statuses(bot, 9000 * b"x"), [414], "without waiting for the line's end")
 
     def test_an_answer_is_plain_text_that_no_browser_sniffs_and_names_no_server(self):
         for answer in self.answers(self.start_bot(), say("<b>") + get("/<b>") + LAST):
@@ -1052,7 +1068,7 @@ class Wire(BotTest):
         bot, length, pieces = self.start_bot(), "Content-Length: %d" % len(SMUGGLED), chunked(SMUGGLED, 9)
         for status, why, request in (
                 (400, "a length", sized(SMUGGLED)), (400, "chunks", framed(CHUNKED, body=pieces)),
-                (400, "a length with zeros", framed(length.replace(" ", " 000"), body=SMUGGLED)),
+                (400, "a length with zeros", framed(length.replace(" ", " " + 5000 * "0"), body=SMUGGLED)),
                 (400, "trailers", framed(CHUNKED, body=pieces[:-2] + b"A: b\r\nContent-Length: 3\r\n\r\n")),
                 (200, "an empty line after a body", sized(b"{}") + b"\r\n"),
                 (200, "a GET's body", get("/healthz", length) + SMUGGLED),
@@ -1328,7 +1344,8 @@ VARIABLES = "PAGE_ACCESS_TOKEN APP_SECRET ALLOW_UNSIGNED VERIFY_TOKEN HOST PORT 
 LIVE = {"PAGE_ACCESS_TOKEN": TOKEN, "APP_SECRET": SECRET, "VERIFY_TOKEN": VERIFY}
 WRONG = [  # a variable, a value that is wrong, and the part of it that must not be shown
     ("PAGE_ACCESS_TOKEN", "EAAG two-words", "two-words"), ("PAGE_ACCESS_TOKEN", "EAAG\x07bell", "bell"),
-    ("PAGE_ACCESS_TOKEN", "EAAGpässword", "ssword"), ("APP_SECRET", "5ecr3t two-words", "5ecr3t"),
+    ("PAGE_ACCESS_TOKEN", "EAAGpässword", "ssword"), ("VERIFY_TOKEN", "w\udcffrds", "\udcff"),
+    ("APP_SECRET", "5ecr3t two-words", "5ecr3t"),
     ("HOST", "bot.example/webhook", "bot."), ("HOST", "[::1]", "[::1]"),
     ("HOST", "bot.example:80", "bot."), ("PORT", "http", "http "), ("PORT", "65536", "65536"), ("PORT", "-1", "-1"),
     ("PORT", "80.5", "80.5"), ("PORT", "\u0665", "\u0665"), ("PORT", "1" * 5000, "1" * 9),
@@ -1538,10 +1555,10 @@ class Commands(BotTest):
                     for sender, text in (("2", "private"), ("3", "private"), ("8", "raise"))]
         statuses += [self.deliver(process, body) for body in (b"\xff", TOKEN.encode(), b'{"entry": ["private"]}')]
         statuses += [self.request(process, *what)[0] for what in (
-            ("GET", "/?hub.verify_token=" + VERIFY), ("GET", "/?hub.verify_token=%s-guessed" % VERIFY),
+            ("GET", "/?hub.verify_token=" + VERIFY), ("GET", "/webhook&hub.verify_token=" + VERIFY), ("GET", "/?hub.verify_token=%s-guessed" % VERIFY),
             ("POST", "/", SECRET), ("PUT", "/", SECRET), ("POST", "/", b"{}", {"X-Hub-Signature-256": SECRET}))]
         statuses += self.statuses(process, get("/\x85\xa0", CLOSE))
-        self.assertEqual(statuses, [200, 200, 500, 400, 400, 200, 200, 403, 403, 405, 403, 404])
+        self.assertEqual(statuses, [200, 200, 500, 400, 400, 200, 200, 404, 403, 403, 405, 403, 404])
         for sender in "4567":
             self.deliver_in_background(process, delivery(message("private", "m_" + sender, sender)))
             log += process.until_logged("retrying the reply to %s," % sender)
@@ -1797,6 +1814,7 @@ class Check(BotTest):
     def test_where_everything_holds_each_line_is_ok_and_the_status_is_0_and_nothing_is_sent(self):
         self.graph.answer = graph_says()
         good, bad = Process("check", GRAPH_URL=self.graph.url, **LIVE), Process("check", "nowhere")
+        malformed = Process("check", GRAPH_URL=self.graph.url, http_proxy="http:/me:password@127.0.0.1", **LIVE)
         (status, out, err), (other_status, other_out, other_err) = good.end(), bad.end()
         self.assertEqual((status, [line.split()[:2] for line in out.splitlines()], err), (0, [["ok", what] for what in (
             "settings", "settings", "token", "subscription")], ""))
@@ -1804,6 +1822,7 @@ class Check(BotTest):
         self.assertEqual([(call.method, call.path) for call in self.graph.calls.queue], [
             ("GET", "/v26.0/me?fields=id,name&" + CREDENTIALS), ("GET", "/v26.0/me/subscribed_apps?" + CREDENTIALS)])
         self.assertEqual((other_status, other_err, other_out.count("FAIL  ")), (1, "", 3))
+        self.assertRegex("%d %s%s" % malformed.end(), r"(?s)\A1 .*FAIL  token  .*: check .*https_proxy [^\n]*\n\Z")
 
     def test_what_is_wrong_with_the_settings_is_found(self):
         self.assert_found(
