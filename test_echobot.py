@@ -1555,7 +1555,8 @@ class Commands(BotTest):
                     for sender, text in (("2", "private"), ("3", "private"), ("8", "raise"))]
         statuses += [self.deliver(process, body) for body in (b"\xff", TOKEN.encode(), b'{"entry": ["private"]}')]
         statuses += [self.request(process, *what)[0] for what in (
-            ("GET", "/?hub.verify_token=" + VERIFY), ("GET", "/webhook&hub.verify_token=" + VERIFY), ("GET", "/?hub.verify_token=%s-guessed" % VERIFY),
+            ("GET", "/?hub.verify_token=" + VERIFY), ("GET", "/webhook&hub.verify_token=" + VERIFY),
+            ("GET", "/?hub.verify_token=%s-guessed" % VERIFY),
             ("POST", "/", SECRET), ("PUT", "/", SECRET), ("POST", "/", b"{}", {"X-Hub-Signature-256": SECRET}))]
         statuses += self.statuses(process, get("/\x85\xa0", CLOSE))
         self.assertEqual(statuses, [200, 200, 500, 400, 400, 200, 200, 404, 403, 403, 405, 403, 404])
