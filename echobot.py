@@ -92,7 +92,7 @@ BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real
 LARGE_BYTES = 64 * 1024      # larger bodies take turns, `Limits.large` at once
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
-TICK = 0.05                  # s between two looks at the clock: small compared with the shortest deadline, 2 s
+TICK = 0.05                  # s between two looks at the clock: small compared with all deadlines
 
 
 class Limits(NamedTuple):
@@ -493,6 +493,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             stack.callback(response.close)  # the last is called first, and it flushes that file
             response.begin()
             with self.lock:
+                # isclosed: it was read to its end
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
                     self.idle[key].append((self.clock(), connection, response.buffer))
                     stack.pop_all()  # to keep both open
@@ -700,7 +701,14 @@ class Bot(http.server.ThreadingHTTPServer):
     Before each step a connection's thread sets a new deadline (`set_deadline`).  When one has passed, the accept loop
     ends the connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and
     writes nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they
-    start anew with each byte, and the thread of a late delivery is not reading.
+    start anew with each byte, and the thread of a late delivery is not reading.  A connection's state is one of these,
+    of which all but "ended" have their time in `Limits`:
+
+        request   a request is being read; at the deadline it is answered 408
+        answer    a delivery's replies are being sent; at the deadline it is answered 503, and the thread goes on
+        linger    an answer is being written; after the last one, until the client has read it and closes
+        idle      nothing has come since the last answer
+        ended     the accept loop has ended it, and its thread has not closed it yet
     """
 
     timeout = TICK  # of handle_request
@@ -716,8 +724,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
-        # Each open connection's (deadline, state): "request", "answer", "linger" or "idle", like its limit, or "ended"
-        self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}
+        self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}  # each open connection's (deadline, state)
         self.stopping = False         # from then on idle connections are ended
 
     def server_bind(self) -> None:
@@ -736,7 +743,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     if not idle:
                         raise OSError("no place")
                     self.end(idle[0])  # which has been idle longest
-                    del self.deadlines[idle[0]]  # its thread will close it
+                    del self.deadlines[idle[0]]  # its place is free at once; its thread will close it
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -831,8 +838,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
         if not self.close_connection:
-            self.close_connection = not (self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
-                                         and self.server.set_deadline(self.connection, "request"))
+            another = self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
+            self.close_connection = not (another and self.server.set_deadline(self.connection, "request"))
 
     def parse_request(self) -> bool:
         """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
