@@ -300,8 +300,7 @@ def pieces(text: str) -> List[str]:
         end = fitting(text, TEXT_UNITS)
         if end < len(text):
             half = fitting(text, TEXT_UNITS // 2)
-            end_of_words = len(text.rstrip())  # a cut behind it would leave a blank piece, which Graph refuses
-            cuts = [at for at in range(1, min(end + 1, end_of_words)) if not inside_character(text, at)] or [end]
+            cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
         result.append(text[:end])
@@ -535,7 +534,7 @@ def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request
         return response
     except OSError:  # first, because an error of a certificate is a ValueError too
         raise
-    except (http.client.HTTPException, ValueError) as error:  # whose text may quote the token, or a proxy's password
+    except (http.client.HTTPException, ValueError, OverflowError) as error:  # whose text may quote a secret
         raise OSError(type(error).__name__) from error
 
 
