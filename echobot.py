@@ -26,7 +26,8 @@ The life of a message:
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.  Messenger redelivers, and the redelivery waits for the replies that are pending.  One that was given up,
     or for which `reply` raised, starts afresh; if that person has said more since, that has been answered before it.
- 7. While 1,000 replies are pending, a delivery that owes more is answered 503 at once, and waits at Messenger.
+ 7. A delivery that would bring the pending replies above 1,000 is answered 503 at once, unless none is pending, and
+    waits at Messenger; what that person says meanwhile may be answered before it.
  8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
@@ -101,7 +102,7 @@ class Limits(NamedTuple):
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
-    linger: float = 2.0        # for a client to read an answer, and after the last one to close
+    linger: float = 2.0        # for a client to take an answer; and then, after the last one, to close
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
     retry: float = 60.0        # from a reply's first call until it is given up; at once if Retry-After leaves no time
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
@@ -440,6 +441,7 @@ class Response(http.client.HTTPResponse):
     def begin(self) -> None:
         """Read the answer, its body included; raise HTTPException or RequestError if it is malformed or cut off."""
         self.buffer, self.status = self.fp, 100
+        # What is set below is what http.client's `read` and `isclosed`, and `exchange`, go by
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
             version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
@@ -489,13 +491,13 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.send(request)  # connects; in one write, where http.client's `request` makes two
             response = Response(connection.sock)
             stack.callback(response.fp.close)
-            stack.callback(response.close)  # the last is called first, and it flushes that file
+            stack.callback(response.close)  # called before the line above, because it flushes response.fp
             response.begin()
             with self.lock:
                 # isclosed: it was read to its end
                 if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
                     self.idle[key].append((self.clock(), connection, response.buffer))
-                    stack.pop_all()  # to keep both open
+                    stack.pop_all()  # nothing is closed
         return response
 
     def take(self, key: Any) -> Any:
@@ -576,8 +578,10 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        self.failing_since: Optional[float] = None      # the first of Graph's failures without a break, and the latest:
-        self.failed_at = 0.0                            # an answer is a break, and so is a silence as long as an outage
+        # The first and the latest of Graph's failures in a row, which ends with an answer, or with a silence as long as
+        # an outage
+        self.failing_since: Optional[float] = None
+        self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
@@ -597,7 +601,7 @@ class Outbox:
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
-        for owed in unsettled.values():  # some are pending for another delivery of the same events
+        for owed in unsettled.values():  # ours are sent; others are pending for another delivery of the same events
             self.wait(owed.done, until - self.clock())
         return max([owed.status for owed in unsettled.values()], default=200)
 
@@ -607,7 +611,7 @@ class Outbox:
         if since is None or self.failed_at - since < outage or self.clock() - self.failed_at > outage:
             log.info("answering 503, so that Messenger redelivers: not all replies are settled")
             return 503
-        log.error("answering 200 although replies are unsent: Graph has failed for %d s", self.failed_at - since)
+        log.error("answering 200 with replies not settled: Graph has failed for %d s", self.failed_at - since)
         return 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
@@ -688,7 +692,7 @@ class Outbox:
                 if left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                self.wait(owed.done, seconds)  # that is, pause: it is not done yet
+                self.wait(owed.done, seconds)  # a pause: only this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
 
@@ -742,7 +746,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     if not idle:
                         raise OSError("no place")
                     self.end(idle[0])  # which has been idle longest
-                    del self.deadlines[idle[0]]  # its place is free at once; its thread will close it
+                    del self.deadlines[idle[0]]  # the "ended" entry that `end` made: the place is free at once
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -783,9 +787,11 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
-        if state in ("answer", "ended"):  # it is sending or waits for a turn, with the file open: take that away
+        # A thread in "answer" is sending replies, one in "ended" has waited for `Limits.large` since it was ended: neither
+        # reads, so the file is closed here
+        if state in ("answer", "ended"):
             socket.close(connection.detach())
-        else:  # its thread, woken by the shutdown, has as long as for a request to close it
+        else:  # its thread reads or writes: woken by the shutdown, it closes the file, within `Limits.request`
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -850,7 +856,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
         match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
         self.command, target, version = match.group(1), match.group(2), int(match.group(3))
-        self.path, _, self.query = AUTHORITY.sub("/", target, 1).partition("?")
+        self.path, _, self.query = AUTHORITY.sub("/", target).partition("?")
         self.fields = read_fields(self.rfile)
         require("host" in self.fields or version == 0, 400, "Host is missing.")
         require(HOST_FIELD.fullmatch(self.fields.get("host", "")), 400, "Host is malformed, or given twice.")
@@ -926,7 +932,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
                     self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # `end`'s closes too
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as in `end`
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
