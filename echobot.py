@@ -611,7 +611,7 @@ class Outbox:
         if since is None or self.failed_at - since < outage or self.clock() - self.failed_at > outage:
             log.info("answering 503, so that Messenger redelivers: not all replies are settled")
             return 503
-        log.error("answering 200 with replies not settled: Graph has failed for %d s", self.failed_at - since)
+        log.error("answering 200 although replies are unsettled: Graph has failed for %d s", self.failed_at - since)
         return 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
@@ -787,8 +787,8 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
-        # A thread in "answer" is sending replies, one in "ended" has waited for `Limits.large` since it was ended: neither
-        # reads, so the file is closed here
+        # A thread in "answer" is sending replies, one in "ended" has waited for `Limits.large` since it was ended:
+        # neither reads, so the file is closed here
         if state in ("answer", "ended"):
             socket.close(connection.detach())
         else:  # its thread reads or writes: woken by the shutdown, it closes the file, within `Limits.request`
