@@ -290,8 +290,8 @@ def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
-INSEPARABLE = re.compile(  # after a joiner; a line's end; a surrogate pair; before a joiner, a skin tone, a flag's tag
-    "\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]|.[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]", re.DOTALL)
+INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # a joiner, a line's end, a surrogate pair
+EXTENDING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiners, skin tones, a flag's tags
 
 
 def pieces(text: str) -> List[str]:
@@ -319,7 +319,8 @@ def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
     if text[at] in FLAG_LETTERS:
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
-    return INSEPARABLE.match(text, at - 1) is not None or unicodedata.category(text[at]) in ("Mn", "Mc", "Me")
+    return bool(INSEPARABLE.match(text, at - 1) or EXTENDING.match(text, at)
+                or unicodedata.category(text[at]) in ("Mn", "Mc", "Me"))
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
