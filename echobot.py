@@ -90,7 +90,7 @@ TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit f
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
-LARGE_BYTES = 64 * 1024      # larger bodies take turns, `Limits.large` at once
+LARGE_BYTES = 64 * 1024      # larger bodies wait for one of `Limits.large` slots
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
 SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
 TICK = 0.05                  # s between two looks at the clock: small compared with all deadlines
@@ -138,6 +138,7 @@ class SettingsError(Exception):
     """Settings that are wrong; `args` has a line for each, and quotes no value."""
 
 
+# No user, query or fragment
 URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!$->A-~]*)?")
 
 
@@ -586,7 +587,7 @@ class Outbox:
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
-        """Send the replies that are new, wait for all, and return the delivery's status: 200, 500 or 503."""
+        """Send the new replies, wait for the others until the deadline; return the status: 200, 500 or 503."""
         until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
@@ -602,7 +603,7 @@ class Outbox:
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
-        for owed in unsettled.values():  # ours are sent; others are pending for another delivery of the same events
+        for owed in unsettled.values():  # those that are new are sent; others are pending for an earlier delivery
             self.wait(owed.done, until - self.clock())
         return max([owed.status for owed in unsettled.values()], default=200)
 
@@ -610,15 +611,15 @@ class Outbox:
         """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
         since, outage = self.failing_since, self.limits.outage
         if since is None or self.failed_at - since < outage or self.clock() - self.failed_at > outage:
-            log.info("answering 503, so that Messenger redelivers: not all replies are settled")
+            log.info("answering 503, so that Messenger redelivers; replies pending: %d", len(self.pending))
             return 503
         log.error("answering 200 although replies are unsettled: Graph has failed for %d s", self.failed_at - since)
         return 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
-        """Send the replies, in this thread and in one more for each further reply, as long as there are threads."""
+        """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
         left = collections.deque(replies)  # which the threads share: one that dies at once has taken none
-        with contextlib.suppress(RuntimeError, MemoryError):  # there is no thread to be had
+        with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
                 _thread.start_new_thread(self.send_left, (left,))
         self.send_left(left)
@@ -706,13 +707,13 @@ class Bot(http.server.ThreadingHTTPServer):
     ends the connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and
     writes nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they
     start anew with each byte, and the thread of a late delivery is not reading.  A connection's state is one of these,
-    of which all but "ended" have their time in `Limits`:
+    which last as long as `Limits` says, "ended" as long as a request:
 
         request   a request is being read; at the deadline it is answered 408
         answer    a delivery's replies are being sent; at the deadline it is answered 503, and the thread goes on
         linger    an answer is being written; after the last one, until the client has read it and closes
         idle      nothing has come since the last answer
-        ended     the accept loop has ended it, and its thread has not closed it yet
+        ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
     """
 
     timeout = TICK  # of handle_request
@@ -747,7 +748,6 @@ class Bot(http.server.ThreadingHTTPServer):
                     if not idle:
                         raise OSError("no place")
                     self.end(idle[0])  # which has been idle longest
-                    del self.deadlines[idle[0]]  # the "ended" entry that `end` made: the place is free at once
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -787,12 +787,10 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
-            connection.shutdown(socket.SHUT_RDWR)  # a thread that is reading finds the end, and closes the connection
-        # A thread in "answer" is sending replies, one in "ended" has waited for `Limits.large` since it was ended:
-        # neither reads, so the file is closed here
-        if state in ("answer", "ended"):
+            connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads or writes; it closes the connection
+        if state in ("answer", "ended"):  # its thread goes on sending replies, or has not closed it in time
             socket.close(connection.detach())
-        else:  # its thread reads or writes: woken by the shutdown, it closes the file, within `Limits.request`
+        elif state != "idle":  # until its thread closes it, which may be waiting for a slot of `Limits.large`
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -831,7 +829,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.turn:  # of a large body, one of `Limits.large`, until it is parsed
+        with contextlib.ExitStack() as self.large_slot:  # that a large body has until it is parsed
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
@@ -888,9 +886,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             require(self.read(2) == b"\r\n", 400, "A chunk is malformed.")
 
     def read(self, size: int, before: int = 0) -> bytes:
-        """Return `size` bytes of a body of which `before` are read; if they make it a large one, wait for its turn."""
+        """Return `size` bytes of a body of which `before` are read; if they make it a large one, wait for a slot."""
         if before <= LARGE_BYTES < before + size:
-            self.turn.enter_context(self.server.large)
+            self.large_slot.enter_context(self.server.large)
         data: bytes = self.rfile.read(size) or b""  # None if the connection was ended meanwhile
         require(len(data) == size, 400, "The request is cut off.")
         return data
@@ -914,7 +912,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
         self.body = b""
-        self.turn.close()
+        self.large_slot.close()
         if errors:
             log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
         self.respond(self.server.outbox.settle(replies))
@@ -960,6 +958,7 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunct
 
 
 # ---- chat: talk to the bot on this machine -------------------------------------------------------------------------
+# The bot is complete above this line; `chat` and `check` use it, and "The commands" at the end start it.
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, so that there are two redeliveries
