@@ -372,6 +372,34 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
     return int(size)
 
 
+def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda before, after: None) -> bytes:
+    """Return a body of `length` bytes, or CHUNKED; raise RequestError if it is malformed, too long or cut off.
+
+    Before a part of it is read, `grow` is called with its size until then and with that part.
+    """
+    if length != CHUNKED:
+        grow(0, length)
+        return read_exactly(file, length)
+    body = bytearray()
+    while True:
+        match = require(CHUNK_LINE.fullmatch(file.readline(LINE_BYTES)), 400, "A chunk is malformed.")
+        size = int(match.group(1), 16)
+        if size == 0:
+            read_fields(file)  # trailer fields, which are ignored
+            return bytes(body)
+        require(len(body) + size <= BODY_BYTES, 413, TOO_LONG)
+        grow(len(body), len(body) + size)
+        body += read_exactly(file, size)
+        require(read_exactly(file, 2) == b"\r\n", 400, "A chunk is malformed.")
+
+
+def read_exactly(file: Any, size: int) -> bytes:
+    """Return the next `size` bytes; raise RequestError if there are fewer."""
+    data: bytes = file.read(size) or b""  # None if the accept loop has ended the connection
+    require(len(data) == size, 400, "The body is cut off.")
+    return data
+
+
 def encode_answer(status: int, text: Optional[str] = None, fields: str = CLOSE, head_only: bool = False) -> bytes:
     """Return the bytes of an answer; `fields` are further lines of its head."""
     body = (TEXTS[status] if text is None else text).encode("utf-8", "replace")
@@ -434,29 +462,22 @@ def explain(error: Mapping[str, Any]) -> str:
 
 
 class Response(http.client.HTTPResponse):
-    """An answer that is read whole, its header fields with `read_fields`, and whose buffer stays open.
+    """An answer that is read whole, with `status`, `headers` (by their names in lower case) and `body`.
 
-    http.client closes the buffer at the end of an answer, and what may have come after it is lost unseen.  Here `take`
-    finds it: a connection with bytes left in its buffer must not be used again.
+    Other than http.client's, it leaves its buffer, `fp`, open until it is closed itself: there `take` finds what has
+    come after the answer, and such a connection must not be used again.
     """
 
     def begin(self) -> None:
-        """Read the answer, its body included; raise HTTPException or RequestError if it is malformed or cut off."""
-        self.buffer, self.status = self.fp, 100
-        # What is set below is what http.client's `read` and `isclosed`, and `exchange`, go by
+        """Read the answer; raise HTTPException or RequestError if it is malformed, too long or cut off."""
+        self.status = 100
         while self.status < 200:  # such as 100 Continue: the answer proper is still to come
             version, self.status, _ = self._read_status()  # type: ignore[attr-defined]
             self.headers: Any = read_fields(self.fp)
-        self.will_close = version != "HTTP/1.1" or "close" in self.headers.get("connection", "").lower()
         length = 0 if self.status in (204, 304) else body_length(self.headers, 1)
-        self.chunked, self.chunk_left = length == CHUNKED, None
-        self.length = None if self.chunked else length
-        # read() raises if a known length is cut off; an unknown one needs a bound
-        self.body = self.read(BODY_BYTES) if self.length is None else self.read()
-
-    def _close_conn(self) -> None:
-        """End the answer, as http.client asks for, without closing the buffer; `isclosed` is true then."""
-        self.fp = None  # type: ignore[assignment]
+        self.body = self.fp.read(BODY_BYTES) if length is None else read_body(self.fp, length)
+        self.will_close = (length is None or version != "HTTP/1.1"
+                           or "close" in self.headers.get("connection", "").lower())
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
@@ -466,8 +487,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
         self.limits, self.clock = limits, clock
         self.lock = threading.Lock()  # over `idle`
-        # By (type, host, tunnel): (idle since, connection, buffer), the one last used last
-        self.idle: Dict[Any, List[Tuple[float, Any, Any]]] = collections.defaultdict(list)
+        # By (type, host, tunnel): (idle since, connection, its last answer), the one last used last
+        self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
         """Return the Response to `req`, read whole; see `fetch` for the errors."""
@@ -491,14 +512,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
             connection.send(request)  # connects; in one write, where http.client's `request` makes two
-            response = Response(connection.sock)
-            stack.callback(response.fp.close)
-            stack.callback(response.close)  # called before the line above, because it flushes response.fp
+            response = stack.enter_context(Response(connection.sock))
             response.begin()
             with self.lock:
-                # isclosed: it was read to its end
-                if response.isclosed() and not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
-                    self.idle[key].append((self.clock(), connection, response.buffer))
+                if not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
+                    self.idle[key].append((self.clock(), connection, response))
                     stack.pop_all()  # nothing is closed
         return response
 
@@ -508,11 +526,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             with self.lock:
                 if not self.idle[key]:
                     return None
-                since, connection, buffer = self.idle[key].pop()
+                since, connection, response = self.idle[key].pop()
             connection.sock.settimeout(0)
-            with buffer:  # the next answer has its own
+            with response:  # the next one has a buffer of its own
                 try:
-                    good = buffer.read(1) is None  # neither stray bytes nor the connection's end has come
+                    good = response.fp.read(1) is None  # neither stray bytes nor the connection's end has come
                 except OSError as error:
                     good = isinstance(error, ssl.SSLWantReadError)  # the same, over TLS
             if good and self.clock() - since < self.limits.unused:
@@ -859,39 +877,21 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.fields = read_fields(self.rfile)
         require("host" in self.fields or version == 0, 400, "Host is missing.")
         require(HOST_FIELD.fullmatch(self.fields.get("host", "")), 400, "Host is malformed, or given twice.")
-        self.body = self.read_body(version)
-        self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
-        require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
-        require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
-        return True
-
-    def read_body(self, version: int) -> bytes:
-        """Return the body of the request; trailer fields after a chunked one are read and ignored."""
         length = body_length(self.fields, version)
         require(length is not None or self.command != "POST",
                 411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
         if version and length and self.fields.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if length != CHUNKED:
-            return self.read(length or 0)
-        body = bytearray()
-        while True:
-            match = require(CHUNK_LINE.fullmatch(self.rfile.readline(LINE_BYTES)), 400, "A chunk is malformed.")
-            size = int(match.group(1), 16)
-            if size == 0:
-                read_fields(self.rfile)
-                return bytes(body)
-            require(len(body) + size <= BODY_BYTES, 413, TOO_LONG)
-            body += self.read(size, len(body))
-            require(self.read(2) == b"\r\n", 400, "A chunk is malformed.")
+        self.body = read_body(self.rfile, length or 0, self.wait_for_slot)
+        self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
+        require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
+        require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
+        return True
 
-    def read(self, size: int, before: int = 0) -> bytes:
-        """Return `size` bytes of a body of which `before` are read; if they make it a large one, wait for a slot."""
-        if before <= LARGE_BYTES < before + size:
+    def wait_for_slot(self, before: int, after: int) -> None:
+        """Wait for one of `Limits.large` slots if a body becomes a large one."""
+        if before <= LARGE_BYTES < after:
             self.large_slot.enter_context(self.server.large)
-        data: bytes = self.rfile.read(size) or b""  # None if the connection was ended meanwhile
-        require(len(data) == size, 400, "The request is cut off.")
-        return data
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
