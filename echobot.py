@@ -25,14 +25,14 @@ The life of a message:
     500 if `reply` raised; and 503 if a reply was given up after a minute of failures.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.  Messenger redelivers, and the redelivery waits for the replies that are pending.  One that was given up,
-    or for which `reply` raised, starts afresh; if that person has said more since, that has been answered before it.
+    or for which `reply` raised, starts afresh, after the replies to what that person has said since.
  7. A delivery that would bring the pending replies above 1,000 is answered 503 at once, unless none is pending, and
-    waits at Messenger; what that person says meanwhile may be answered before it.
+    waits at Messenger; what its people say meanwhile may be answered before it.
  8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
-only if Graph accepted it without saying so, if its delivery is redelivered to another process or after 10,000 others,
-or in part: a long text that was given up halfway starts again.
+only if Graph accepted it without saying so, or if its delivery is redelivered to another process or after 10,000
+others.  A long text that was given up halfway starts again from its beginning.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -138,7 +138,7 @@ class SettingsError(Exception):
     """Settings that are wrong; `args` has a line for each, and quotes no value."""
 
 
-# No user, query or fragment
+# Without a user, a query or a fragment: the last class has all but space, ", #, ? and @
 URL = re.compile(r"https?://([A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\])(:[1-9][0-9]{0,4})?(/[!$->A-~]*)?")
 
 
@@ -179,7 +179,7 @@ def settings_errors(settings: Settings) -> Iterator[str]:
         yield "LOG_LEVEL must be DEBUG, INFO, WARNING, ERROR or CRITICAL: set it to one of these, or remove it"
 
 
-# ---- The rules: pure, without I/O, clock or environment ------------------------------------------------------------
+# ---- The rules: without I/O, clock or environment ------------------------------------------------------------------
 
 WRONG_TOKEN = 403, "Error, wrong validation token"  # the tutorial's words
 UNSIGNED = 403, "The delivery is not signed with the app's secret."
@@ -187,7 +187,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError
 
 
 class RequestError(ValueError):
-    """A request to be refused: `args` are the status, the line to answer and, where it differs, the reason to log."""
+    """A request to refuse: `args` are the status, the line to answer and, where it differs, the reason to log."""
 
 
 def require(value: Any, status: int, *why: str) -> Any:
@@ -247,7 +247,9 @@ class OwedReply:
 def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str]]:
     """Return the replies that a delivery owes, and what is wrong with each of its malformed events."""
     replies, errors = [], []
-    for entry in list_in(delivery, "entry") if delivery.get("object", "page") == "page" else []:
+    if delivery.get("object", "page") != "page":
+        return [], []
+    for entry in list_in(delivery, "entry"):
         for event in list_in(entry, "messaging"):
             try:
                 replies.append(reply_owed(identity(entry), event))
@@ -331,12 +333,8 @@ CHUNKED = -1
 TOO_LONG = "The body is longer than 1 MiB."
 CLOSE = "Connection: close\r\n"
 NAME = r"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
-REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
 FIELD = re.compile(r"(%s):([\t -~\x80-\xff]*)\r?\n" % NAME)
-AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)  # of a target in absolute form
-HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
 CHUNK_LINE = re.compile(rb"([0-9A-Fa-f]+)[ \t]*(;[\t -~\x80-\xff]*)?\r\n")
-METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 TEXTS: Dict[int, str] = {**http.client.responses, 200: "ok"}  # what an answer says unless there is more to say
 
 
@@ -373,12 +371,9 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
 
 
 def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; raise RequestError if it is malformed, too long or cut off.
-
-    Before a part of it is read, `grow` is called with its size until then and with that part.
-    """
+    """Return a body of `length` bytes, or CHUNKED; raise RequestError if it is malformed, too long or cut off."""
     if length != CHUNKED:
-        grow(0, length)
+        grow(0, length)  # the caller may wait before the body grows
         return read_exactly(file, length)
     body = bytearray()
     while True:
@@ -544,16 +539,15 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
     """Return an opener that keeps connections open, follows no redirect, and returns any status as a Response."""
     opener = urllib.request.OpenerDirector()
     opener.addheaders = [("User-Agent", "echobot/" + __version__), ("Accept-Encoding", "identity")]
-    for handler in urllib.request.ProxyHandler(proxies), KeepAliveHandler(limits, clock):
-        opener.add_handler(handler)
+    opener.add_handler(urllib.request.ProxyHandler(proxies))
+    opener.add_handler(KeepAliveHandler(limits, clock))
     return opener
 
 
 def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Response:
     """Return the Response to `request`; raise OSError, whose text quotes no secret, if there is none."""
     try:
-        response: Response = opener.open(request, timeout=timeout)
-        return response
+        return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
     except OSError:  # first, because an error of a certificate is a ValueError too
         raise
     except (http.client.HTTPException, ValueError, OverflowError) as error:  # whose text may quote a secret
@@ -598,8 +592,7 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # The first and the latest of Graph's failures in a row, which ends with an answer, or with a silence as long as
-        # an outage
+        # The first and the latest of Graph's failures in a row, which an answer ends, or a silence as long as an outage
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -610,9 +603,9 @@ class Outbox:
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
             for owed in replies:
-                if owed.key not in self.settled:
+                if owed.key not in self.settled:  # the pending one, if an earlier delivery owes the same
                     unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
-            new = [owed for key, owed in unsettled.items() if key not in self.pending]
+            new = [owed for owed in unsettled.values() if owed.key not in self.pending]
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503
@@ -625,25 +618,17 @@ class Outbox:
             self.wait(owed.done, until - self.clock())
         return max([owed.status for owed in unsettled.values()], default=200)
 
-    def unsettled_status(self) -> int:
-        """Return 503, so that Messenger redelivers; after a long outage 200, or else Messenger would unsubscribe."""
-        since, outage = self.failing_since, self.limits.outage
-        if since is None or self.failed_at - since < outage or self.clock() - self.failed_at > outage:
-            log.info("answering 503, so that Messenger redelivers; replies pending: %d", len(self.pending))
-            return 503
-        log.error("answering 200 although replies are unsettled: Graph has failed for %d s", self.failed_at - since)
-        return 200
-
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
         left = collections.deque(replies)  # which the threads share: one that dies at once has taken none
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
+                # Thread.start would wait until it runs: for ever, if memory runs out
                 _thread.start_new_thread(self.send_left, (left,))
         self.send_left(left)
 
     def send_left(self, left: Deque[OwedReply]) -> None:
-        """Send replies until none is left: in order, so that what a reply waits for has been taken before it."""
+        """Take and send the next reply until none is left; so a reply waits only for one that is being sent."""
         with contextlib.suppress(IndexError):
             while True:
                 self.send(left.popleft())
@@ -707,13 +692,21 @@ class Outbox:
                     self.failing_since = now
                 self.failed_at = now
                 left = owed.began + self.limits.retry - now
-                seconds = min(pause * random.uniform(0.5, 1), left)  # so that the last try is at the limit
-                seconds = max(seconds, failure.retry_after)
+                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
                 if left <= 0 or seconds > left:
                     raise
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
                 self.wait(owed.done, seconds)  # a pause: only this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
+
+    def unsettled_status(self) -> int:
+        """Log and return the status if not all is settled: 503, but 200 in a long outage, or Messenger unsubscribes."""
+        since, now, outage = self.failing_since, self.clock(), self.limits.outage
+        if since is not None and self.failed_at - since >= outage >= now - self.failed_at:
+            log.error("answering 200 although replies are unsettled: Graph has failed for %d s", self.failed_at - since)
+            return 200
+        log.info("answering 503, so that Messenger redelivers; replies pending: %d", len(self.pending))
+        return 503
 
 
 # ---- The server ----------------------------------------------------------------------------------------------------
@@ -775,7 +768,7 @@ class Bot(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread.  Thread.start would wait until it runs: for ever, if memory runs out."""
+        """Start a connection's thread, as `Outbox.send_all` does."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
@@ -785,7 +778,7 @@ class Bot(http.server.ThreadingHTTPServer):
             if current == "ended":
                 return False
             del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
-            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state
+            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # named alike
             return True
 
     def service_actions(self) -> None:
@@ -805,10 +798,10 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
-            connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads or writes; it closes the connection
-        if state in ("answer", "ended"):  # its thread goes on sending replies, or has not closed it in time
-            socket.close(connection.detach())
-        elif state != "idle":  # until its thread closes it, which may be waiting for a slot of `Limits.large`
+            connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads or writes, and it closes the connection
+        if state in ("answer", "ended"):  # the thread is sending replies, or has not closed it in time:
+            socket.close(connection.detach())  # close the file here, and leave the thread a socket without one
+        elif state in ("request", "linger"):  # the thread may wait for a slot of `Limits.large`, so it keeps its place
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -831,6 +824,12 @@ class Bot(http.server.ThreadingHTTPServer):
             self.service_actions()
             time.sleep(TICK)
         return len(self.outbox.pending)
+
+
+REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
+AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)  # of a target in absolute form
+HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
+METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
@@ -957,8 +956,92 @@ def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunct
     return Bot(settings, limits, Outbox(reply, graph, limits, clock, wait), clock)
 
 
+# ---- Serving -------------------------------------------------------------------------------------------------------
+
+class LogFormatter(logging.Formatter):
+    """A line for each record, and below it the traceback of a bug; control characters are escaped."""
+
+    quote = False  # whether to print what an exception says, which may quote a message or a secret
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the lines for a record."""
+        lines = ["%s %s" % (record.levelname, record.getMessage())]
+        if record.exc_info and record.exc_info[0]:
+            kind, error, frames = record.exc_info
+            lines += "".join(traceback.format_tb(frames)).splitlines()
+            lines += ["%s: %s" % (kind.__name__, error) if self.quote else kind.__name__]
+        return "\n".join(map(printable, lines))
+
+
+def printable(text: str) -> str:
+    """Return `text` with its control characters escaped."""
+    return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
+
+
+def fit_file_limit(limits: Limits) -> Limits:
+    """Return `limits`, scaled down if the host does not allow as many open files."""
+    with contextlib.suppress(ImportError):  # on Windows, which has no such limit
+        import resource
+        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
+        if files != resource.RLIM_INFINITY and share < 1:
+            names = "connections", "calls", "idle_calls"
+            return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
+    return limits
+
+
+def serve(environ: Mapping[str, str]) -> int:
+    """Serve until a signal, and end the process; return the exit status if it cannot start."""
+    try:
+        settings = settings_from(environ)
+        bot = make_server(settings, fit_file_limit(Limits()))
+    except SettingsError as error:
+        print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
+        return 2
+    except (OSError, UnicodeError) as error:
+        print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
+              "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
+        return 1
+    log.setLevel(settings.log_level)
+    threading.stack_size(STACK_BYTES)
+    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
+        # Python's threads take turns, and handing over to another processor costs a third of the rate
+        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
+    return run_until_signal(bot)
+
+
+def run_until_signal(bot: Bot) -> NoReturn:
+    """Serve until SIGTERM or Ctrl-C, finish what is under way, and end the process."""
+    signals: List[float] = []
+
+    def on_signal(number: int, frame: Any) -> None:
+        signals.append(time.monotonic())
+        if signals[-1] - signals[0] > bot.limits.same_signal:
+            os._exit(128 + number)  # as a shell reports it
+
+    for number in signal.SIGINT, signal.SIGTERM:
+        signal.signal(number, on_signal)
+    host = "[%s]" % bot.settings.host if ":" in bot.settings.host else bot.settings.host
+    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
+    if bot.settings.page_access_token:
+        log.info("live: replies go to %s", bot.settings.graph_url)
+    else:
+        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
+    if not bot.settings.app_secret:
+        log.warning("anybody can post deliveries until APP_SECRET is set")
+    while not signals:  # not serve_forever, which a signal handler cannot end
+        bot.handle_request()
+        bot.service_actions()
+    log.info("stopping within %g s; a further signal ends it at once", bot.limits.drain)
+    left = bot.drain()
+    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
+    with contextlib.suppress(OSError):
+        print(end="", flush=True)  # what `reply` has printed
+    os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
+
+
 # ---- chat: talk to the bot on this machine -------------------------------------------------------------------------
-# The bot is complete above this line; `chat` and `check` use it, and "The commands" at the end start it.
+# The bot is complete above this line: `chat` and `check` use it.
 
 CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
 SLOW = 0.7                        # s that a slow Graph takes, so that there are two redeliveries
@@ -1134,7 +1217,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
         yield False, "URL", "", "not a plain http or https URL: give one like https://example.com/webhook"
     elif url:
         try:
-            yield from webhook_findings(settings, url, functools.partial(fetch, opener, timeout=timeout))
+            yield from webhook_findings(settings, url, opener, timeout)
         except OSError as error:
             yield (False, "webhook", "", "no answer (%s): check the address, its certificate, that the bot runs, and "
                    "that this host can reach it" % error)
@@ -1155,11 +1238,12 @@ def graph_findings(graph: Graph) -> Iterator[Finding]:
         yield False, what, "", str(failure)
 
 
-def webhook_findings(settings: Settings, url: str, call: Callable[..., Response]) -> Iterator[Finding]:
+def webhook_findings(settings: Settings, url: str, opener: urllib.request.OpenerDirector,
+                     timeout: float) -> Iterator[Finding]:
     """Yield how the public webhook answers valid and invalid requests, made as Messenger makes them."""
     def ask(query: Optional[Dict[str, str]], **fields: str) -> Tuple[int, str]:
         target = url + "?" + urllib.parse.urlencode(query) if query else url
-        response = call(urllib.request.Request(target, None if query else EMPTY, fields))
+        response = fetch(opener, urllib.request.Request(target, None if query else EMPTY, fields), timeout)
         return response.status, response.body.decode("utf-8", "replace")
 
     yield (url.startswith("https:"), "URL", url,
@@ -1182,89 +1266,7 @@ def webhook_findings(settings: Settings, url: str, call: Callable[..., Response]
            "anybody can make the bot speak: set APP_SECRET on the deployed bot")
 
 
-# ---- The commands --------------------------------------------------------------------------------------------------
-
-class LogFormatter(logging.Formatter):
-    """A line for each record, and below it the traceback of a bug; control characters are escaped."""
-
-    quote = False  # whether to print what an exception says, which may quote a message or a secret
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Return the lines for a record."""
-        lines = ["%s %s" % (record.levelname, record.getMessage())]
-        if record.exc_info and record.exc_info[0]:
-            kind, error, frames = record.exc_info
-            lines += "".join(traceback.format_tb(frames)).splitlines()
-            lines += ["%s: %s" % (kind.__name__, error) if self.quote else kind.__name__]
-        return "\n".join(map(printable, lines))
-
-
-def printable(text: str) -> str:
-    """Return `text` with its control characters escaped."""
-    return "".join([c if c.isprintable() else c.encode("unicode_escape").decode() for c in text])
-
-
-def fit_file_limit(limits: Limits) -> Limits:
-    """Return `limits`, scaled down if the host does not allow as many open files."""
-    with contextlib.suppress(ImportError):  # on Windows, which has no such limit
-        import resource
-        files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
-        if files != resource.RLIM_INFINITY and share < 1:
-            names = "connections", "calls", "idle_calls"
-            return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
-    return limits
-
-
-def serve(environ: Mapping[str, str]) -> int:
-    """Serve until a signal, and end the process; return the exit status if it cannot start."""
-    try:
-        settings = settings_from(environ)
-        bot = make_server(settings, fit_file_limit(Limits()))
-    except SettingsError as error:
-        print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
-        return 2
-    except (OSError, UnicodeError) as error:
-        print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
-              "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
-        return 1
-    log.setLevel(settings.log_level)
-    threading.stack_size(STACK_BYTES)
-    with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        # Python's threads take turns, and handing over to another processor costs a third of the rate
-        os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
-    return run_until_signal(bot)
-
-
-def run_until_signal(bot: Bot) -> NoReturn:
-    """Serve until SIGTERM or Ctrl-C, finish what is under way, and end the process."""
-    signals: List[float] = []
-
-    def on_signal(number: int, frame: Any) -> None:
-        signals.append(time.monotonic())
-        if signals[-1] - signals[0] > bot.limits.same_signal:
-            os._exit(128 + number)  # as a shell reports it
-
-    for number in signal.SIGINT, signal.SIGTERM:
-        signal.signal(number, on_signal)
-    host = "[%s]" % bot.settings.host if ":" in bot.settings.host else bot.settings.host
-    log.info("echobot %s listens on http://%s:%d, callback path /webhook", __version__, host, bot.server_port)
-    if bot.settings.page_access_token:
-        log.info("live: replies go to %s", bot.settings.graph_url)
-    else:
-        log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
-    if not bot.settings.app_secret:
-        log.warning("anybody can post deliveries until APP_SECRET is set")
-    while not signals:  # not serve_forever, which a signal handler cannot end
-        bot.handle_request()
-        bot.service_actions()
-    log.info("stopping within %g s; a further signal ends it at once", bot.limits.drain)
-    left = bot.drain()
-    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
-    with contextlib.suppress(OSError):
-        print(end="", flush=True)  # what `reply` has printed
-    os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
-
+# ---- The command line ----------------------------------------------------------------------------------------------
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
