@@ -117,7 +117,8 @@ class GraphHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")  # as some proxies do unasked
         self.send_response(status)
         for name, value in {"Content-Length": len(body), **headers}.items():
-            self.send_header(name, str(value))
+            if value is not None:
+                self.send_header(name, str(value))
         self.end_headers()
         self.wfile.write(body)
 
@@ -895,6 +896,13 @@ class GraphCalls(BotTest):
                 status, lines = self.logged(self.deliver, bot, delivery(message(mid="m_2")))
                 self.assertEqual((statuses, status, [level for level, _ in lines]), ([200], 200, ["INFO"]))
                 self.assertEqual((bot.graph.calls.qsize(), len(bot.graph.connections)), (2, 2))
+
+    def test_an_answer_in_chunks_and_one_that_ends_with_its_connection_are_read(self):
+        chunks = 200, {"Content-Length": None, "Transfer-Encoding": "chunked"}, chunked(ACCEPTED[2], 9)
+        closing = 200, {"Content-Length": None, "Connection": "close"}, ACCEPTED[2]
+        bot = self.start_bot(in_turn(chunks, closing), limits={"settled": 0})
+        self.assertEqual([self.deliver(bot, delivery(message())) for _ in range(3)], [200] * 3)
+        self.assertEqual((bot.graph.calls.qsize(), len(bot.graph.connections)), (3, 2))
 
     def test_a_connection_idle_for_a_minute_is_not_used_and_at_most_64_are_kept(self):
         self.assertEqual(echobot.Limits().idle_calls, 64)
