@@ -598,7 +598,7 @@ class Outbox:
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
-        """Send the new replies, wait for the others until the deadline; return the status: 200, 500 or 503."""
+        """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
         until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
         unsettled: Dict[bytes, OwedReply] = {}
         with self.lock:
@@ -614,7 +614,7 @@ class Outbox:
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
-        for owed in unsettled.values():  # those that are new are sent; others are pending for an earlier delivery
+        for owed in unsettled.values():  # some are being sent by other threads: this delivery's, or an earlier one's
             self.wait(owed.done, until - self.clock())
         return max([owed.status for owed in unsettled.values()], default=200)
 
