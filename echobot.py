@@ -24,10 +24,10 @@ The life of a message:
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200;
     500 if `reply` raised; and 503 if a reply was given up after a minute of failures.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
-    sending.  Messenger redelivers, and the redelivery waits for the replies that are pending.  One that was given up,
-    or for which `reply` raised, starts afresh, after the replies to what that person has said since.
- 7. A delivery that would bring the pending replies above 1,000 is answered 503 at once, unless none is pending, and
-    waits at Messenger; what its people say meanwhile may be answered before it.
+    sending.  Messenger redelivers.  The redelivery waits for those of its replies that are still pending; those that
+    were given up, or for which `reply` raised, start afresh, after the replies to what that person has said since.
+ 7. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 at once, and so waits at
+    Messenger; what its people say meanwhile may be answered before it.  While none is pending, any size is accepted.
  8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
@@ -107,7 +107,7 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from a reply's first call until it is given up; at once if Retry-After leaves no time
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about a dozen
-    unused: float = 60.0       # after which an idle connection to Graph is no longer used
+    graph_unused: float = 60.0  # after which an idle connection to Graph is no longer used
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
@@ -116,7 +116,7 @@ class Limits(NamedTuple):
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
     calls: int = 300           # to Graph at once: as many as it allows a page in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
-    idle_calls: int = 64       # connections to Graph that are kept open while idle
+    graph_idle: int = 64       # connections to Graph that are kept open while idle
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError
 
 
 class RequestError(ValueError):
-    """A request to refuse: `args` are the status, the line to answer and, where it differs, the reason to log."""
+    """A request to refuse, or a malformed answer; `args` are the status, the text and what to log if it differs."""
 
 
 def require(value: Any, status: int, *why: str) -> Any:
@@ -240,7 +240,7 @@ class OwedReply:
         self.message = message      # what `reply` gets
         self.status = 503           # then 200 if it is settled, 500 if `reply` raised; the highest is the worst
         self.began = 0.0            # when its first call began
-        self.done = threading.Event()
+        self.done = threading.Event()  # set when `status` is final
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
 
 
@@ -252,7 +252,7 @@ def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str
     for entry in list_in(delivery, "entry"):
         for event in list_in(entry, "messaging"):
             try:
-                replies.append(reply_owed(identity(entry), event))
+                replies.append(reply_to_event(identity(entry), event))
             except ValueError as error:
                 errors.append(str(error))
     return [owed for owed in replies if owed], errors
@@ -270,7 +270,7 @@ def identity(thing: Any, name: str = "id") -> str:
     return str(value) if type(value) in (str, int) else ""
 
 
-def reply_owed(page: str, event: Any) -> Optional[OwedReply]:
+def reply_to_event(page: str, event: Any) -> Optional[OwedReply]:
     """Return the reply owed to a person's message or postback, else None; raise ValueError if it is malformed."""
     if not isinstance(event, dict):
         raise ValueError("the event is not an object")
@@ -327,7 +327,8 @@ def inside_character(text: str, at: int) -> bool:
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
-# Both parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 has a server refuse.
+# Both parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 has a server refuse.  These
+# functions raise RequestError for what is malformed, too long or cut off.
 
 CHUNKED = -1
 TOO_LONG = "The body is longer than 1 MiB."
@@ -339,7 +340,7 @@ TEXTS: Dict[int, str] = {**http.client.responses, 200: "ok"}  # what an answer s
 
 
 def read_fields(file: Any) -> Dict[str, str]:
-    """Return the header fields up to the empty line, by their names in lower case; raise RequestError if malformed."""
+    """Return the header fields up to the empty line, by their names in lower case."""
     fields: Dict[str, str] = {}
     room = HEAD_BYTES
     while True:
@@ -354,7 +355,7 @@ def read_fields(file: Any) -> Dict[str, str]:
 
 
 def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
-    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED or None; raise RequestError if unclear."""
+    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED, or None if it does not say."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
@@ -371,9 +372,9 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
 
 
 def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; raise RequestError if it is malformed, too long or cut off."""
+    """Return a body of `length` bytes, or CHUNKED; `grow(before, after)` is called before each part, and may wait."""
     if length != CHUNKED:
-        grow(0, length)  # the caller may wait before the body grows
+        grow(0, length)
         return read_exactly(file, length)
     body = bytearray()
     while True:
@@ -389,8 +390,8 @@ def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda 
 
 
 def read_exactly(file: Any, size: int) -> bytes:
-    """Return the next `size` bytes; raise RequestError if there are fewer."""
-    data: bytes = file.read(size) or b""  # None if the accept loop has ended the connection
+    """Return the next `size` bytes."""
+    data: bytes = file.read(size) or b""  # None if `Bot.end` has made the socket non-blocking
     require(len(data) == size, 400, "The body is cut off.")
     return data
 
@@ -459,7 +460,7 @@ def explain(error: Mapping[str, Any]) -> str:
 class Response(http.client.HTTPResponse):
     """An answer that is read whole, with `status`, `headers` (by their names in lower case) and `body`.
 
-    Other than http.client's, it leaves its buffer, `fp`, open until it is closed itself: there `take` finds what has
+    Unlike http.client's, it leaves its buffer, `fp`, open until it is closed itself: there `take` finds what has
     come after the answer, and such a connection must not be used again.
     """
 
@@ -510,7 +511,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             response = stack.enter_context(Response(connection.sock))
             response.begin()
             with self.lock:
-                if not response.will_close and len(self.idle[key]) < self.limits.idle_calls:
+                if not response.will_close and len(self.idle[key]) < self.limits.graph_idle:
                     self.idle[key].append((self.clock(), connection, response))
                     stack.pop_all()  # nothing is closed
         return response
@@ -528,7 +529,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     good = response.fp.read(1) is None  # neither stray bytes nor the connection's end has come
                 except OSError as error:
                     good = isinstance(error, ssl.SSLWantReadError)  # the same, over TLS
-            if good and self.clock() - since < self.limits.unused:
+            if good and self.clock() - since < self.limits.graph_unused:
                 connection.sock.settimeout(connection.timeout)
                 return connection
             connection.close()
@@ -551,7 +552,7 @@ def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request
     except OSError:  # first, because an error of a certificate is a ValueError too
         raise
     except (http.client.HTTPException, ValueError, OverflowError) as error:  # whose text may quote a secret
-        raise OSError(type(error).__name__) from error
+        raise OSError(error.args[1] if isinstance(error, RequestError) else type(error).__name__) from error
 
 
 class Graph:
@@ -561,7 +562,7 @@ class Graph:
         self.url, self.opener, self.timeout = settings.graph_url, opener, timeout
         query = {"access_token": settings.page_access_token}
         if settings.app_secret:
-            query["appsecret_proof"] = sign(settings.page_access_token.encode(), settings.app_secret)[len("sha256="):]
+            query["appsecret_proof"] = sign(settings.page_access_token.encode(), settings.app_secret).partition("=")[2]
         self.credentials = urllib.parse.urlencode(query)
 
     def call(self, path: str, content: Optional[Dict[str, Any]] = None) -> Dict[str, Any]:
@@ -592,7 +593,7 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # The first and the latest of Graph's failures in a row, which an answer ends, or a silence as long as an outage
+        # When Graph began to fail, and failed last: an answer ends a row of failures, and so does as long a silence
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -620,18 +621,18 @@ class Outbox:
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
-        left = collections.deque(replies)  # which the threads share: one that dies at once has taken none
+        queue = collections.deque(replies)  # which the threads share: one that dies at once has taken none
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
                 # Thread.start would wait until it runs: for ever, if memory runs out
-                _thread.start_new_thread(self.send_left, (left,))
-        self.send_left(left)
+                _thread.start_new_thread(self.send_queued, (queue,))
+        self.send_queued(queue)
 
-    def send_left(self, left: Deque[OwedReply]) -> None:
+    def send_queued(self, queue: Deque[OwedReply]) -> None:
         """Take and send the next reply until none is left; so a reply waits only for one that is being sent."""
         with contextlib.suppress(IndexError):
             while True:
-                self.send(left.popleft())
+                self.send(queue.popleft())
 
     def send(self, owed: OwedReply) -> None:
         """In the person's turn ask `reply` what to say, send it, and record what has become of it."""
@@ -663,7 +664,7 @@ class Outbox:
             return 200
         try:
             for piece in pieces(text):
-                if piece.strip() or not text.strip():  # Graph refuses a blank one, and the rest would be lost
+                if piece.strip() or not text.strip():  # a blank one is refused, which would end the reply
                     self.send_piece(self.graph, owed, piece)
         except GraphError as failure:
             status, outcome = (503, "gave up") if failure.temporary else (200, "Graph refused")
@@ -691,19 +692,20 @@ class Outbox:
                 if self.failing_since is None or now - self.failed_at > self.limits.outage:
                     self.failing_since = now
                 self.failed_at = now
-                left = owed.began + self.limits.retry - now
-                seconds = max(min(pause * random.uniform(0.5, 1), left), failure.retry_after)  # last try at the limit
-                if left <= 0 or seconds > left:
+                remaining = owed.began + self.limits.retry - now
+                if remaining <= 0 or failure.retry_after > remaining:
                     raise
+                # The last pause is cut short, so that the last try comes when the time is over
+                seconds = max(min(pause * random.uniform(0.5, 1), remaining), failure.retry_after)
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
                 self.wait(owed.done, seconds)  # a pause: only this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
         """Log and return the status if not all is settled: 503, but 200 in a long outage, or Messenger unsubscribes."""
-        since, now, outage = self.failing_since, self.clock(), self.limits.outage
-        if since is not None and self.failed_at - since >= outage >= now - self.failed_at:
-            log.error("answering 200 although replies are unsettled: Graph has failed for %d s", self.failed_at - since)
+        since, last, outage = self.failing_since, self.failed_at, self.limits.outage
+        if since is not None and last - since >= outage and self.clock() - last <= outage:
+            log.error("answering 200 although replies are unsettled: Graph has failed for %d s", last - since)
             return 200
         log.info("answering 503, so that Messenger redelivers; replies pending: %d", len(self.pending))
         return 503
@@ -712,13 +714,13 @@ class Outbox:
 # ---- The server ----------------------------------------------------------------------------------------------------
 
 class Bot(http.server.ThreadingHTTPServer):
-    """The webhook's server: a thread for each connection, with one deadline at a time.
+    """The webhook's server: each connection has a thread, and one deadline.
 
-    Before each step a connection's thread sets a new deadline (`set_deadline`).  When one has passed, the accept loop
-    ends the connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and
-    writes nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they
-    start anew with each byte, and the thread of a late delivery is not reading.  A connection's state is one of these,
-    which last as long as `Limits` says, "ended" as long as a request:
+    Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
+    connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and answers
+    nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
+    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states.
+    Each lasts as long as the field of `Limits` with its name, and "ended" as long as "request":
 
         request   a request is being read; at the deadline it is answered 408
         answer    a delivery's replies are being sent; at the deadline it is answered 503, and the thread goes on
@@ -727,16 +729,16 @@ class Bot(http.server.ThreadingHTTPServer):
         ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
     """
 
-    timeout = TICK  # of handle_request
+    timeout = TICK  # s that handle_request waits for a connection
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
     # Two servers must not share a port, as allow_reuse_address lets them on Windows, allow_reuse_port in Python 3.14
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
     def __init__(self, settings: Settings, limits: Limits, outbox: Outbox, clock: Clock) -> None:
-        self.address_family, _, _, _, address = socket.getaddrinfo(
+        self.address_family, *_, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        super().__init__(address[:2], WebhookHandler)  # type: ignore[arg-type]
+        super().__init__(address, WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
         self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
@@ -790,7 +792,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     self.end(connection)
 
     def end(self, connection: socket.socket) -> None:
-        """End a connection, after the answer that it is owed in its state, if it can be sent without waiting."""
+        """With `lock` held end a connection, after the answer that it is owed, if that can be sent without waiting."""
         _, state = self.deadlines.pop(connection)
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
@@ -798,17 +800,17 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.setblocking(False)
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
-            connection.shutdown(socket.SHUT_RDWR)  # wakes a thread that reads or writes, and it closes the connection
-        if state in ("answer", "ended"):  # the thread is sending replies, or has not closed it in time:
-            socket.close(connection.detach())  # close the file here, and leave the thread a socket without one
-        elif state in ("request", "linger"):  # the thread may wait for a slot of `Limits.large`, so it keeps its place
+            connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
+        if state == "request":  # its thread may be waiting for a slot of `Limits.large`, and keeps its place
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
+        elif state in ("answer", "ended"):  # its thread is sending replies, or has not closed the connection in time
+            socket.close(connection.detach())  # `connection.close` would leave it to the thread's rfile
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and give its place to another."""
         with self.lock:
             self.deadlines.pop(request, None)
-        request.close()  # after that, or `end` could be given a file that is no longer this connection's
+        request.close()  # after that, because `end` must not get a closed one
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: for example, because no thread could be started."""
@@ -843,10 +845,10 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     rfile: Any
 
     def handle_one_request(self) -> None:
-        """Answer a request, whatever happens, and wait for the next; the first one's time began with the connection."""
+        """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # that a large body has until it is parsed
+        with contextlib.ExitStack() as self.large_slot:  # see `wait_for_slot`; `do_POST` ends it early
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
@@ -930,7 +932,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
                     self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as in `end`
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as at a deadline
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
@@ -983,9 +985,9 @@ def fit_file_limit(limits: Limits) -> Limits:
     with contextlib.suppress(ImportError):  # on Windows, which has no such limit
         import resource
         files, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        share = (files - SPARE_FILES) / (limits.connections + limits.calls + limits.idle_calls)
+        names = "connections", "calls", "graph_idle"
+        share = (files - SPARE_FILES) / sum(getattr(limits, name) for name in names)
         if files != resource.RLIM_INFINITY and share < 1:
-            names = "connections", "calls", "idle_calls"
             return limits._replace(**{name: max(1, int(share * getattr(limits, name))) for name in names})
     return limits
 
@@ -1043,10 +1045,10 @@ def run_until_signal(bot: Bot) -> NoReturn:
 # ---- chat: talk to the bot on this machine -------------------------------------------------------------------------
 # The bot is complete above this line: `chat` and `check` use it.
 
-CHAT_LIMITS = Limits(answer=0.3)  # s: the real 4, shortened
+CHAT_LIMITS = Limits(answer=0.3)  # s, so that redeliveries can be watched
 SLOW = 0.7                        # s that a slow Graph takes, so that there are two redeliveries
 PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
-COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and the events that it delivers or Graph's error
+COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and its events (a list) or Graph's next error (a dict)
     "/sticker": ("a sticker", [("message", {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]})]),
     "/image": ("an image", [("message", {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]})]),
     "/postback": ("the press of a button", [("postback", {"title": "Get started", "payload": "GET_STARTED"})]),
@@ -1081,7 +1083,7 @@ class FakeGraph(http.server.BaseHTTPRequestHandler):
         if fault == "/slow":
             time.sleep(SLOW)
         error: Dict[str, Any] = COMMANDS[fault][1] if fault else {}
-        if not self.path.endswith("/me/messages?" + self.server.credentials):
+        if not self.path.endswith("/me/messages?" + self.server.credentials):  # the proof is wrong, or the token too
             error = {"code": 100 if self.server.credentials.split("&")[0] in self.path else 190}
         elif (content.get("messaging_type") != "RESPONSE" or content.get("recipient") != {"id": PERSON}
               or not isinstance(text, str) or not text.strip() or len(pieces(text)) > 1):
@@ -1129,7 +1131,7 @@ class Chat(socketserver.ThreadingTCPServer):
         command = line.strip()
         meaning, content = COMMANDS.get(command, ("", [("message", {"text": line})]))
         if command == "/help":
-            self.note("\n".join(["  %-10s %s" % (name, meaning) for name, (meaning, _) in COMMANDS.items()]))
+            self.note("\n".join(["  %-10s %s" % (name, what) for name, (what, _) in COMMANDS.items()]))
         elif command == "/wire":
             self.showing = not self.showing
             self.note("(what goes over the wire is %s from now on)" % ("shown" if self.showing else "hidden"))
@@ -1193,7 +1195,7 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
           opener: Optional[urllib.request.OpenerDirector] = None, timeout: float = 4.0) -> int:
     """Print a line for each possible cause of silence, in order; return the exit status, 0 if all is well."""
     status = 0
-    for holds, what, good, fix in findings(environ, url, opener or make_opener(Limits(idle_calls=0)), timeout):
+    for holds, what, good, fix in findings(environ, url, opener or make_opener(Limits(graph_idle=0)), timeout):
         print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(good if holds else fix)), flush=True)
         status = status if holds else 1
     return status
@@ -1275,7 +1277,7 @@ def main(arguments: Optional[Sequence[str]] = None) -> int:
     parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")
     parser.add_argument("--host", default=os.environ.get("HOST", ""), help="where to listen, instead of HOST")
-    parser.add_argument("--port", default=os.environ.get("PORT", ""), help="where to listen, instead of PORT")
+    parser.add_argument("--port", default=os.environ.get("PORT", ""), help="the port to listen on, instead of PORT")
     parser.add_argument("--version", action="version", version="echobot " + __version__)
     options = parser.parse_args(arguments)
     for stream in sys.stdin, sys.stdout:

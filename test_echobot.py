@@ -275,7 +275,7 @@ class BotTest(unittest.TestCase):
         settings = echobot.Settings(host="127.0.0.1", port=0, verify_token=VERIFY)._replace(**settings)
         limits = echobot.Limits()._replace(**{**({"drain": 0} if clock else {}), **(limits or {})})
         times = {"clock": clock, "wait": clock.wait} if clock else {}
-        opener = echobot.make_opener(limits, {}, clock) if limits.idle_calls < 64 else self.opener
+        opener = echobot.make_opener(limits, {}, clock) if limits.graph_idle < 64 else self.opener
         bot = echobot.make_server(settings, limits, reply, opener, **times)
         bot.graph, bot.opener, bot.left = graph, opener, None
         threading.Thread(target=bot.serve_forever, args=(0.002,), daemon=True).start()
@@ -905,9 +905,9 @@ class GraphCalls(BotTest):
         self.assertEqual((bot.graph.calls.qsize(), len(bot.graph.connections)), (3, 2))
 
     def test_a_connection_idle_for_a_minute_is_not_used_and_at_most_64_are_kept(self):
-        self.assertEqual(echobot.Limits().idle_calls, 64)
+        self.assertEqual(echobot.Limits().graph_idle, 64)
         clock, together = Clock(), threading.Barrier(3)
-        bot = self.start_bot(accept, clock=clock, limits={"idle_calls": 2})
+        bot = self.start_bot(accept, clock=clock, limits={"graph_idle": 2})
         for seconds, connections in (0, 1), (59, 1), (60, 2):
             clock.advance(seconds)
             self.deliver(bot, delivery(message(mid="m_%d" % seconds)))
@@ -1273,9 +1273,9 @@ class Limits(BotTest):
 
     def test_a_thread_that_dies_at_once_costs_no_reply(self):
         bot, own = self.start_bot(accept), []
-        settle, send_left = bot.outbox.settle, bot.outbox.send_left
+        settle, send_queued = bot.outbox.settle, bot.outbox.send_queued
         bot.outbox.settle = lambda replies: own.append(threading.get_ident()) or settle(replies)
-        bot.outbox.send_left = lambda left: threading.get_ident() in own and send_left(left)
+        bot.outbox.send_queued = lambda queue: threading.get_ident() in own and send_queued(queue)
         people = [message(mid="m_" + each, sender=each) for each in "2345"]
         self.assertEqual(self.deliver(bot, delivery(*people)), 200)
         self.assertEqual(bot.graph.calls.qsize(), 4)
