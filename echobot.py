@@ -494,14 +494,13 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         for_proxy = {name: headers.pop(name) for name in list(headers) if tunnel and name.startswith("Proxy-")}
         fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
-        data: Any = req.data or b""
         key = req.type, req.host, tunnel
         connection = self.take(key)
         if connection is None:
             connection = http_class(req.host, timeout=req.timeout, **options)
             if tunnel:
                 connection.set_tunnel(tunnel, headers=for_proxy)
-        return self.exchange(key, connection, head.encode("latin-1") + data)
+        return self.exchange(key, connection, head.encode("latin-1") + (req.data or b""))  # type: ignore[operator]
 
     def exchange(self, key: Any, connection: Any, request: bytes) -> Response:
         """Return the Response to `request`; keep the connection open if it can be used again."""
@@ -801,9 +800,9 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
-        if state == "request":  # its thread may be waiting for a slot of `Limits.large`, and keeps its place
+        if state == "request":  # until its thread closes it; one that died as it started never does
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
-        elif state in ("answer", "ended"):  # its thread is sending replies, or has not closed the connection in time
+        elif state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
             socket.close(connection.detach())  # `connection.close` would leave it to the thread's rfile
 
     def close_request(self, request: Any) -> None:
@@ -892,7 +891,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def wait_for_slot(self, before: int, after: int) -> None:
         """Wait for one of `Limits.large` slots if a body becomes a large one."""
         if before <= LARGE_BYTES < after:
-            self.large_slot.enter_context(self.server.large)
+            require(self.server.large.acquire(timeout=self.server.limits.request), 408)
+            self.large_slot.callback(self.server.large.release)
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""

@@ -2,6 +2,7 @@
 
 The classes follow the design, part by part.  If you change `echobot.reply`, change `Words`, and nothing else.
 """
+import _thread
 import contextlib
 import functools
 import hashlib
@@ -1221,6 +1222,13 @@ class Limits(BotTest):
         clock.advance(10)
         self.assertEqual([answer.status for client in late for answer in self.rest(client)], [408, 408])
         hold.set()
+
+    def test_a_thread_does_not_wait_for_its_turn_with_a_large_body_when_its_time_is_over(self):
+        bot = self.start_bot(limits={"large": 1, "request": 0.05})
+        with bot.large:
+            threads = _thread._count()
+            self.assertEqual(self.statuses(bot, framed("Content-Length: %d" % MIB)), [408])
+            self.until(lambda: _thread._count() <= threads)
 
     def test_a_client_that_vanishes_leaves_its_place_and_no_trace(self):
         bot, whole = self.start_bot(limits={"connections": 9}), sized(b"{}", EXPECT)
