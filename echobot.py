@@ -116,7 +116,7 @@ class Limits(NamedTuple):
     pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
     calls: int = 300           # to Graph at once: as many as it allows a page in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
-    graph_idle: int = 64       # connections to Graph that are kept open while idle
+    graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
 
 # ---- Settings ------------------------------------------------------------------------------------------------------
@@ -187,7 +187,7 @@ STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError
 
 
 class RequestError(ValueError):
-    """A request to refuse, or a malformed answer; `args` are the status, the text and what to log if it differs."""
+    """A refused request, or a malformed answer of Graph's; `args`: the status, the text, and what to log instead."""
 
 
 def require(value: Any, status: int, *why: str) -> Any:
@@ -238,7 +238,7 @@ class OwedReply:
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid or "none")  # for the log
         self.message = message      # what `reply` gets
-        self.status = 503           # then 200 if it is settled, 500 if `reply` raised; the highest is the worst
+        self.status = 503           # pending or given up; 200: settled; 500: `reply` raised; the highest is the worst
         self.began = 0.0            # when its first call began
         self.done = threading.Event()  # set when `status` is final
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
@@ -321,7 +321,7 @@ def fitting(text: str, units: int) -> int:
 def inside_character(text: str, at: int) -> bool:
     """Return whether a cut at `at` would divide what a reader sees as one character."""
     if text[at] in FLAG_LETTERS:
-        return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1
+        return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1  # an odd number of letters before it
     return bool(INSEPARABLE.match(text, at - 1) or EXTENDING.match(text, at)
                 or unicodedata.category(text[at]) in ("Mn", "Mc", "Me"))
 
@@ -355,7 +355,7 @@ def read_fields(file: Any) -> Dict[str, str]:
 
 
 def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
-    """Return how many bytes of body follow an HTTP/1.`version` head, CHUNKED, or None if it does not say."""
+    """Return the length of the body after an HTTP/1.`version` head: a number, CHUNKED, or None if it does not say."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
@@ -440,7 +440,7 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
     if not isinstance(error, dict) or not isinstance(error.get("code"), int):
         failure = GraphError("HTTP status %d, and not from Graph: check GRAPH_URL and the proxy" % status)
     else:
-        failure = GraphError(explain(error))
+        failure = GraphError(explanation(error))
         failure.temporary = bool(status >= 500 or status == 429 or error.get("is_transient")
                                  or error["code"] in DOWN + TOO_FAST)
     if re.fullmatch("[0-9]+", headers.get("retry-after", "")):
@@ -448,7 +448,7 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
     raise failure
 
 
-def explain(error: Mapping[str, Any]) -> str:
+def explanation(error: Mapping[str, Any]) -> str:
     """Return what Graph's error means and what to do; not Graph's own message, which may quote the token."""
     meaning = MEANINGS.get(error["code"], "see Meta's error codes")
     if "appsecret_proof" in str(error.get("message")):
@@ -460,8 +460,8 @@ def explain(error: Mapping[str, Any]) -> str:
 class Response(http.client.HTTPResponse):
     """An answer that is read whole, with `status`, `headers` (by their names in lower case) and `body`.
 
-    Unlike http.client's, it leaves its buffer, `fp`, open until it is closed itself: there `take` finds what has
-    come after the answer, and such a connection must not be used again.
+    Unlike http.client's, it keeps its buffer, `fp`, open until it is closed itself: `KeepAliveHandler.take` looks there
+    for bytes that came after the answer, which would be taken for the next one.
     """
 
     def begin(self) -> None:
@@ -491,8 +491,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
-        for_proxy = {name: headers.pop(name) for name in list(headers) if tunnel and name.startswith("Proxy-")}
-        fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
+        for_proxy = {name: value for name, value in headers.items() if tunnel and name.startswith("Proxy-")}
+        fields = "".join(["%s: %s\r\n" % field for field in headers.items() if field[0] not in for_proxy])
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         key = req.type, req.host, tunnel
         connection = self.take(key)
@@ -592,7 +592,7 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # When Graph began to fail, and failed last: an answer ends a row of failures, and so does as long a silence
+        # When Graph began to fail, and failed last: an answer ends a row of failures, as does a silence of `outage`
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -600,15 +600,15 @@ class Outbox:
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
         until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
-        unsettled: Dict[bytes, OwedReply] = {}
+        unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
-                if owed.key not in self.settled:  # the pending one, if an earlier delivery owes the same
+                if owed.key not in self.settled:
                     unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
             new = [owed for owed in unsettled.values() if owed.key not in self.pending]
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
-                return 503
+                return 503  # which `respond` turns into 200 in a long outage
             for owed in new:  # all at once, so that two deliveries never wait for each other's replies
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
@@ -620,7 +620,7 @@ class Outbox:
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
-        queue = collections.deque(replies)  # which the threads share: one that dies at once has taken none
+        queue = collections.deque(replies)  # shared: what a thread that dies as it starts would have sent, others send
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
                 # Thread.start would wait until it runs: for ever, if memory runs out
@@ -701,7 +701,7 @@ class Outbox:
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
-        """Log and return the status if not all is settled: 503, but 200 in a long outage, or Messenger unsubscribes."""
+        """Log and return an unsettled delivery's status: 503, but 200 in a long outage, or Messenger unsubscribes."""
         since, last, outage = self.failing_since, self.failed_at, self.limits.outage
         if since is not None and last - since >= outage and self.clock() - last <= outage:
             log.error("answering 200 although replies are unsettled: Graph has failed for %d s", last - since)
@@ -722,7 +722,7 @@ class Bot(http.server.ThreadingHTTPServer):
     Each lasts as long as the field of `Limits` with its name, and "ended" as long as "request":
 
         request   a request is being read; at the deadline it is answered 408
-        answer    a delivery's replies are being sent; at the deadline it is answered 503, and the thread goes on
+        answer    a delivery's replies are being sent; at the deadline it is answered 503 and closed; the thread goes on
         linger    an answer is being written; after the last one, until the client has read it and closes
         idle      nothing has come since the last answer
         ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
@@ -730,7 +730,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
     timeout = TICK  # s that handle_request waits for a connection
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
-    # Two servers must not share a port, as allow_reuse_address lets them on Windows, allow_reuse_port in Python 3.14
+    # Two servers must not share a port; these would let them: the first on Windows, the second in Python 3.14
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
@@ -749,7 +749,7 @@ class Bot(http.server.ThreadingHTTPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.socket.getsockname()[:2]
+        self.server_port = self.socket.getsockname()[1]
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
@@ -769,7 +769,7 @@ class Bot(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread, as `Outbox.send_all` does."""
+        """Start a connection's thread; not with Thread.start, for the reason that `Outbox.send_all` gives."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
@@ -800,10 +800,10 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
-        if state == "request":  # until its thread closes it; one that died as it started never does
-            self.deadlines[connection] = self.clock() + self.limits.request, "ended"
-        elif state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
+        if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
             socket.close(connection.detach())  # `connection.close` would leave it to the thread's rfile
+        else:  # until its thread closes it; one that died as it started never does
+            self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and give its place to another."""
@@ -830,7 +830,7 @@ class Bot(http.server.ThreadingHTTPServer):
 REQUEST_LINE = re.compile(r"(%s) ([!-~\x80-\xff]+) HTTP/1\.([0-9])\r?\n" % NAME)
 AUTHORITY = re.compile("^https?://[^/?]*/?", re.I)  # of a target in absolute form
 HOST_FIELD = re.compile(r"((?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*|\[[0-9A-Fa-fv:.]+\])(:[0-9]*)?")
-METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}
+METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "GET, HEAD"}  # "/" is the webhook too
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
@@ -906,7 +906,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self) -> None:
-        """Answer a delivery 200 when every reply that it owes is settled."""
+        """Check and parse a delivery, and answer it when its replies are settled, or at the deadline."""
         if not self.server.set_deadline(self.connection, "answer"):
             return
         if self.server.settings.app_secret:
@@ -932,7 +932,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
                     self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as at a deadline
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as in `Bot.end`
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
@@ -1105,8 +1105,8 @@ class Chat(socketserver.ThreadingTCPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), FakeGraph)
-        settings = Settings(os.urandom(16).hex(), os.urandom(16).hex(), host="127.0.0.1", port=0,
-                            graph_url="http://127.0.0.1:%d/v26.0" % self.server_address[1])
+        settings = Settings(page_access_token=os.urandom(16).hex(), app_secret=os.urandom(16).hex(), host="127.0.0.1",
+                            port=0, graph_url="http://127.0.0.1:%d/v26.0" % self.server_address[1])
         self.opener = make_opener(proxies={})
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
         self.secret, self.credentials = settings.app_secret, Graph(settings, self.opener, 0).credentials
