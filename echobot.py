@@ -22,7 +22,7 @@ The life of a message:
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
  5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200;
-    500 if `reply` raised; and 503 if a reply was given up after a minute of failures.
+    500 if `reply` raised for one; but 503 if any was given up after a minute of failures, or is still pending.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.  Messenger redelivers.  The redelivery waits for those of its replies that are still pending; those that
     were given up, or for which `reply` raised, start afresh, after the replies to what that person has said since.
@@ -102,9 +102,9 @@ class Limits(NamedTuple):
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
-    linger: float = 2.0        # for a client to take an answer; and then, after the last one, to close
+    linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first call until it is given up; at once if Retry-After leaves no time
+    retry: float = 60.0        # from a reply's first call until it is given up; sooner if Retry-After goes beyond that
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries, so that there are about a dozen
     graph_unused: float = 60.0  # after which an idle connection to Graph is no longer used
@@ -238,7 +238,7 @@ class OwedReply:
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid or "none")  # for the log
         self.message = message      # what `reply` gets
-        self.status = 503           # pending or given up; 200: settled; 500: `reply` raised; the highest is the worst
+        self.status = 503           # pending or given up; 200: settled; 500: `reply` raised; a delivery gets the highest
         self.began = 0.0            # when its first call began
         self.done = threading.Event()  # set when `status` is final
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
@@ -372,7 +372,7 @@ def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
 
 
 def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; `grow(before, after)` is called before each part, and may wait."""
+    """Return a body of `length` bytes, or CHUNKED; `grow`, told its size before and after each part, may first wait."""
     if length != CHUNKED:
         grow(0, length)
         return read_exactly(file, length)
@@ -391,7 +391,7 @@ def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda 
 
 def read_exactly(file: Any, size: int) -> bytes:
     """Return the next `size` bytes."""
-    data: bytes = file.read(size) or b""  # None if `Bot.end` has made the socket non-blocking
+    data: bytes = file.read(size) or b""  # None if the accept loop has ended the connection: then it does not block
     require(len(data) == size, 400, "The body is cut off.")
     return data
 
@@ -483,7 +483,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
         self.limits, self.clock = limits, clock
         self.lock = threading.Lock()  # over `idle`
-        # By (type, host, tunnel): (idle since, connection, its last answer), the one last used last
+        # By (type, host, tunnel): those free for a call, the last used last, as (idle since, connection, last answer)
         self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
@@ -592,7 +592,7 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # When Graph began to fail, and failed last: an answer ends a row of failures, as does a silence of `outage`
+        # Unlocked: since when Graph fails, and when it last did; a success, a refusal or a silence of `outage` ends it
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -620,7 +620,7 @@ class Outbox:
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
-        queue = collections.deque(replies)  # shared: what a thread that dies as it starts would have sent, others send
+        queue = collections.deque(replies)  # shared: if a thread dies as it starts, the others send what it would have
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
                 # Thread.start would wait until it runs: for ever, if memory runs out
@@ -759,7 +759,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
                         raise OSError("no place")
-                    self.end(idle[0])  # which has been idle longest
+                    self.end(idle[0])  # which has been idle longest; it counts until its thread has closed it
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -802,7 +802,7 @@ class Bot(http.server.ThreadingHTTPServer):
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
         if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
             socket.close(connection.detach())  # `connection.close` would leave it to the thread's rfile
-        else:  # until its thread closes it; one that died as it started never does
+        else:  # until its thread closes it, or, if that died as it started, the deadline
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -847,7 +847,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # see `wait_for_slot`; `do_POST` ends it early
+        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot, if any; `do_POST` frees it
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
@@ -932,7 +932,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if refusal:
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
                     self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # as in `Bot.end`
+        self.close_connection = self.close_connection or self.server.stopping or status == 503  # a 503 always closes
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
@@ -1158,7 +1158,7 @@ class Chat(socketserver.ThreadingTCPServer):
         """Deliver `body` as Messenger does: until the answer is not 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
         replies = self.replies
-        for _ in range(200):  # in a minute; Messenger goes on for an hour
+        for _ in range(200):  # for a minute; Messenger goes on for an hour
             self.show("Messenger > bot", "POST /webhook HTTP/1.1", *["%s: %s" % field for field in fields.items()],
                       self.body.decode())
             response = fetch(self.opener, urllib.request.Request(self.url, self.body, fields), 60)
