@@ -238,7 +238,7 @@ class OwedReply:
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid or "none")  # for the log
         self.message = message      # what `reply` gets
-        self.status = 503           # pending or given up; 200: settled; 500: `reply` raised; the highest is a delivery's
+        self.status = 503           # pending, given up; 200: settled; 500: `reply` raised; a delivery gets the highest
         self.began = 0.0            # when its first call began
         self.done = threading.Event()  # set when `status` is final
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
