@@ -21,13 +21,13 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When every reply is settled (Graph has accepted it, or has refused it permanently), the delivery is answered 200;
-    500 if `reply` raised for one; but 503 if any was given up after a minute of failures, or is still pending.
+ 5. When all have ended, the delivery is answered: 200 if each reply is settled (Graph has accepted it, or has refused it
+    permanently); 503 if one was given up after a minute of failures; otherwise 500, because `reply` raised for one.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.  Messenger redelivers.  The redelivery waits for those of its replies that are still pending; those that
     were given up, or for which `reply` raised, start afresh, after the replies to what that person has said since.
- 7. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 at once, and so waits at
-    Messenger; what its people say meanwhile may be answered before it.  While none is pending, any size is accepted.
+ 7. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits
+    at Messenger; what its people say meanwhile may be answered before it.  While none is pending, any size is accepted.
  8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
@@ -104,17 +104,17 @@ class Limits(NamedTuple):
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first call until it is given up; sooner if Retry-After goes beyond that
+    retry: float = 60.0        # from a reply's first call until it is given up; earlier if Retry-After is longer
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
-    longest_pause: float = 8.0  # between two tries, so that there are about a dozen
+    longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
     graph_unused: float = 60.0  # after which an idle connection to Graph is no longer used
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
-    connections: int = 500     # at once; then the longest idle one is ended, or new ones wait in the backlog
-    large: int = 16            # bodies above LARGE_BYTES at once, because each takes up to 1 MiB, and more once parsed
-    pending: int = 1000        # replies not settled yet, because each may hold a thread; Messenger keeps the rest
-    calls: int = 300           # to Graph at once: as many as it allows a page in a second
+    connections: int = 500     # at a time; then the longest idle one is ended, or new ones wait in the backlog
+    large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
+    pending: int = 1000        # replies not settled yet: each may hold a thread, and Messenger keeps the rest
+    calls: int = 300           # to Graph at a time: as many as it allows a page in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
@@ -150,7 +150,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # an invalid one
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused below
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -183,11 +183,10 @@ def settings_errors(settings: Settings) -> Iterator[str]:
 
 WRONG_TOKEN = 403, "Error, wrong validation token"  # the tutorial's words
 UNSIGNED = 403, "The delivery is not signed with the app's secret."
-STRICT_JSON = json.JSONDecoder(parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
 
 
 class RequestError(ValueError):
-    """A refused request, or a malformed answer of Graph's; `args`: the status, the text, and what to log instead."""
+    """A refused request, or a malformed answer of Graph's; `args`: the status, the text, and for the log the reason."""
 
 
 def require(value: Any, status: int, *why: str) -> Any:
@@ -222,7 +221,7 @@ def verify_signature(signature: Optional[str], body: bytes, secret: str) -> None
 def parse_object(raw: bytes) -> Dict[str, Any]:
     """Return the JSON object that `raw` holds in UTF-8; raise RequestError if it holds none or nests too deeply."""
     try:
-        value = STRICT_JSON.decode(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), parse_constant=int)  # int("NaN") is a ValueError: JSON has no NaN
     except (ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
@@ -238,7 +237,7 @@ class OwedReply:
         self.recipient = recipient  # the event's sender
         self.label = "%s, mid %s" % (recipient, mid or "none")  # for the log
         self.message = message      # what `reply` gets
-        self.status = 503           # pending, given up; 200: settled; 500: `reply` raised; a delivery gets the highest
+        self.status = 503           # while pending, or if given up; 200 once settled; 500 if `reply` raised
         self.began = 0.0            # when its first call began
         self.done = threading.Event()  # set when `status` is final
         self.previous: Optional[threading.Event] = None  # `done` of the reply before it to the same person
@@ -259,7 +258,7 @@ def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str
 
 
 def list_in(container: Any, name: str) -> List[Any]:
-    """Return the list that `container` has under `name`; [] if absent; [None], a malformed item, if malformed."""
+    """Return the list that `container` has under `name`; [] if absent; [None], one malformed item, if it is no list."""
     value = container.get(name, []) if isinstance(container, dict) else None
     return value if isinstance(value, list) else [None]
 
@@ -301,21 +300,16 @@ def pieces(text: str) -> List[str]:
     """Return `text` cut into messages of at most TEXT_UNITS, after white space if there is any in the second half."""
     result = []
     while text:
-        end = fitting(text, TEXT_UNITS)
+        encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
+        # How many characters fit, and how many into half of that; without one that would be cut in two
+        end, half = [len(encoded[:size].decode("utf-16-le", "ignore")) for size in (2 * TEXT_UNITS, TEXT_UNITS)]
         if end < len(text):
-            half = fitting(text, TEXT_UNITS // 2)
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
         result.append(text[:end])
         text = text[end:]
     return result
-
-
-def fitting(text: str, units: int) -> int:
-    """Return how many characters of `text` fit into so many UTF-16 code units."""
-    encoded = text[:units].encode("utf-16-le", "replace")
-    return len(encoded[:2 * units].decode("utf-16-le", "ignore"))  # without a character that is cut in two
 
 
 def inside_character(text: str, at: int) -> bool:
@@ -354,27 +348,26 @@ def read_fields(file: Any) -> Dict[str, str]:
         fields[name] = fields[name] + ", " + value if name in fields else value  # so a length given twice is malformed
 
 
-def body_length(fields: Dict[str, str], version: int) -> Optional[int]:
-    """Return the length of the body after an HTTP/1.`version` head: a number, CHUNKED, or None if it does not say."""
+def body_length(fields: Dict[str, str], minor: int) -> Optional[int]:
+    """Return the length of the body after an HTTP/1.`minor` head: a number, CHUNKED, or None if it does not say."""
     length, coding = fields.get("content-length"), fields.get("transfer-encoding")
     if coding is not None:
         codings = [name.strip(" \t").lower() for name in coding.split(",")]
-        require(length is None and version > 0 and "chunked" not in codings[:-1],
+        require(length is None and minor > 0 and "chunked" not in codings[:-1],
                 400, "Chunked must be the last coding, in HTTP/1.1, and excludes Content-Length.")
         require(codings == ["chunked"], 501, "The only transfer coding supported is chunked.")
         return CHUNKED
     if length is None:
         return None
     require(re.fullmatch("[0-9]+", length), 400, "Content-Length is not a decimal number, or is given twice.")
-    size = float(length)  # int refuses thousands of digits
-    require(size <= BODY_BYTES, 413, TOO_LONG)
-    return int(size)
+    require(float(length) <= BODY_BYTES, 413, TOO_LONG)
+    return int(float(length))  # int alone refuses thousands of digits
 
 
-def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; `grow`, told its size before and after each part, may first wait."""
+def read_body(file: Any, length: int, claim: Callable[[int, int], None] = lambda before, after: None) -> bytes:
+    """Return a body of `length` bytes, or CHUNKED; before each part `claim` gets its size so far and with that part."""
     if length != CHUNKED:
-        grow(0, length)
+        claim(0, length)
         return read_exactly(file, length)
     body = bytearray()
     while True:
@@ -384,14 +377,14 @@ def read_body(file: Any, length: int, grow: Callable[[int, int], None] = lambda 
             read_fields(file)  # trailer fields, which are ignored
             return bytes(body)
         require(len(body) + size <= BODY_BYTES, 413, TOO_LONG)
-        grow(len(body), len(body) + size)
+        claim(len(body), len(body) + size)
         body += read_exactly(file, size)
         require(read_exactly(file, 2) == b"\r\n", 400, "A chunk is malformed.")
 
 
 def read_exactly(file: Any, size: int) -> bytes:
     """Return the next `size` bytes."""
-    data: bytes = file.read(size) or b""  # None if the accept loop has ended the connection: then it does not block
+    data: bytes = file.read(size) or b""  # None if `Bot.end` has made the socket non-blocking
     require(len(data) == size, 400, "The body is cut off.")
     return data
 
@@ -440,21 +433,16 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
     if not isinstance(error, dict) or not isinstance(error.get("code"), int):
         failure = GraphError("HTTP status %d, and not from Graph: check GRAPH_URL and the proxy" % status)
     else:
-        failure = GraphError(explanation(error))
+        meaning = MEANINGS.get(error["code"], "see Meta's error codes")
+        if "appsecret_proof" in str(error.get("message")):  # the message itself may quote the token
+            meaning = "APP_SECRET and the token belong to different apps: copy both from the same app"
+        failure = GraphError("code %s, subcode %.40s: %s (fbtrace_id %.40s)" % (
+            error["code"], error.get("error_subcode", "none"), meaning, error.get("fbtrace_id")))
         failure.temporary = bool(status >= 500 or status == 429 or error.get("is_transient")
                                  or error["code"] in DOWN + TOO_FAST)
     if re.fullmatch("[0-9]+", headers.get("retry-after", "")):
         failure.retry_after = float(headers["retry-after"])
     raise failure
-
-
-def explanation(error: Mapping[str, Any]) -> str:
-    """Return what Graph's error means and what to do; not Graph's own message, which may quote the token."""
-    meaning = MEANINGS.get(error["code"], "see Meta's error codes")
-    if "appsecret_proof" in str(error.get("message")):
-        meaning = "APP_SECRET and the token belong to different apps: copy both from the same app"
-    return "code %s, subcode %.40s: %s (fbtrace_id %.40s)" % (
-        error["code"], error.get("error_subcode", "none"), meaning, error.get("fbtrace_id"))
 
 
 class Response(http.client.HTTPResponse):
@@ -487,7 +475,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
-        """Return the Response to `req`, read whole; see `fetch` for the errors."""
+        """Return the Response to `req`, and keep the connection open if it can be used again."""
         headers = {**req.headers, **req.unredirected_hdrs}
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
@@ -500,13 +488,10 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection = http_class(req.host, timeout=req.timeout, **options)
             if tunnel:
                 connection.set_tunnel(tunnel, headers=for_proxy)
-        return self.exchange(key, connection, head.encode("latin-1") + (req.data or b""))  # type: ignore[operator]
-
-    def exchange(self, key: Any, connection: Any, request: bytes) -> Response:
-        """Return the Response to `request`; keep the connection open if it can be used again."""
         with contextlib.ExitStack() as stack:
             stack.callback(connection.close)
-            connection.send(request)  # connects; in one write, where http.client's `request` makes two
+            # Connects, if need be; in one write, where http.client's `request` makes two
+            connection.send(head.encode("latin-1") + (req.data or b""))  # type: ignore[operator]
             response = stack.enter_context(Response(connection.sock))
             response.begin()
             with self.lock:
@@ -523,7 +508,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     return None
                 since, connection, response = self.idle[key].pop()
             connection.sock.settimeout(0)
-            with response:  # the next one has a buffer of its own
+            with response:  # which closes its buffer, not the connection
                 try:
                     good = response.fp.read(1) is None  # neither stray bytes nor the connection's end has come
                 except OSError as error:
@@ -587,19 +572,21 @@ class Outbox:
     """
 
     def __init__(self, reply: ReplyFunction, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
-        self.reply, self.graph, self.limits, self.clock, self.wait = reply, graph, limits, clock, wait
+        self.reply, self.limits, self.clock, self.wait = reply, limits, clock, wait
+        self.graph: Any = graph                         # None on a dry run
         self.lock = threading.Lock()                    # over the next three
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # Unlocked: since when Graph fails, and when it last did; a success, a refusal or a silence of `outage` ends it
+        # Unlocked: since when Graph fails, and when it last did; it no longer does once it accepts a reply, or refuses
+        # one permanently, or has not failed again for `outage`
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # the accept loop answers then, if this thread is still sending
+        until = self.clock() + self.limits.answer  # then the accept loop answers, and this thread need not wait
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -623,7 +610,7 @@ class Outbox:
         queue = collections.deque(replies)  # shared: if a thread dies as it starts, the others send what it would have
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
             for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
-                # Thread.start would wait until it runs: for ever, if memory runs out
+                # Thread.start would wait until it runs: forever, if memory runs out
                 _thread.start_new_thread(self.send_queued, (queue,))
         self.send_queued(queue)
 
@@ -664,7 +651,7 @@ class Outbox:
         try:
             for piece in pieces(text):
                 if piece.strip() or not text.strip():  # a blank one is refused, which would end the reply
-                    self.send_piece(self.graph, owed, piece)
+                    self.send_piece(owed, piece)
         except GraphError as failure:
             status, outcome = (503, "gave up") if failure.temporary else (200, "Graph refused")
             log.error("%s the reply to %s: %s", outcome, owed.label, failure)
@@ -672,7 +659,7 @@ class Outbox:
         log.info("replied to %s: %d characters, %d ms", owed.label, len(text), (self.clock() - owed.began) * 1000)
         return 200
 
-    def send_piece(self, graph: Graph, owed: OwedReply, piece: str) -> None:
+    def send_piece(self, owed: OwedReply, piece: str) -> None:
         """Send one message, with retries; raise GraphError if Graph refuses it, or when the time is over."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
@@ -680,7 +667,7 @@ class Outbox:
             try:
                 with self.calls:
                     owed.began = owed.began or self.clock()
-                    graph.call("/me/messages", content)
+                    self.graph.call("/me/messages", content)
                 self.failing_since = None
                 return
             except GraphError as failure:
@@ -697,7 +684,7 @@ class Outbox:
                 # The last pause is cut short, so that the last try comes when the time is over
                 seconds = max(min(pause * random.uniform(0.5, 1), remaining), failure.retry_after)
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                self.wait(owed.done, seconds)  # a pause: only this thread sets `done`
+                self.wait(owed.done, seconds)  # only a pause, because nobody but this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
@@ -758,8 +745,8 @@ class Bot(http.server.ThreadingHTTPServer):
                 with self.lock:
                     idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
-                        raise OSError("no place")
-                    self.end(idle[0])  # which has been idle longest; it counts until its thread has closed it
+                        raise OSError("too many connections")
+                    self.end(min(idle, key=self.deadlines.__getitem__))  # it counts until its thread has closed it
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -769,25 +756,23 @@ class Bot(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread; not with Thread.start, for the reason that `Outbox.send_all` gives."""
+        """Start a connection's thread; not with Thread.start, which would wait forever if memory runs out."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
         """Replace a connection's deadline by its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
-            _, current = self.deadlines.get(connection, (0, "ended"))
-            if current == "ended":
-                return False
-            del self.deadlines[connection]  # so that the dictionary stays in the order in which they were set
-            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # named alike
-            return True
+            ended = self.deadlines.get(connection, (0, "ended"))[1] == "ended"
+            if not ended:
+                self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # named alike
+            return not ended
 
     def service_actions(self) -> None:
         """End the connections whose deadline has passed; the accept loop calls this in each turn."""
         now = self.clock()
         with self.lock:
             for connection, (deadline, state) in list(self.deadlines.items()):
-                if deadline <= now or state == "idle" and self.stopping:
+                if deadline <= now or (self.stopping and state == "idle"):
                     self.end(connection)
 
     def end(self, connection: socket.socket) -> None:
@@ -801,7 +786,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
         if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
-            socket.close(connection.detach())  # `connection.close` would leave it to the thread's rfile
+            socket.close(connection.detach())  # `connection.close` would wait for the thread to close its rfile
         else:  # until its thread closes it, or, if that died as it started, the deadline
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
@@ -809,7 +794,7 @@ class Bot(http.server.ThreadingHTTPServer):
         """Close a connection, and give its place to another."""
         with self.lock:
             self.deadlines.pop(request, None)
-        request.close()  # after that, because `end` must not get a closed one
+        request.close()  # only now: `end` must not find a closed one in `deadlines`
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: for example, because no thread could be started."""
@@ -847,17 +832,17 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot, if any; `do_POST` frees it
+        with contextlib.ExitStack() as self.large_slot:  # frees a large body's slot, if `do_POST` has not
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
             except RequestError as error:
-                self.send_error(*error.args)
+                self.respond(*error.args)
             except OSError:  # the client is gone
                 self.close_connection = True
             except Exception:
-                log.exception("a bug in a %s", self.command)
-                self.send_error(500)
+                log.exception("a bug while answering a %s", self.command)
+                self.respond(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
         if not self.close_connection:
             another = self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
@@ -872,18 +857,18 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             return False
         require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
         match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
-        self.command, target, version = match.group(1), match.group(2), int(match.group(3))
+        self.command, target, minor = match.group(1), match.group(2), int(match.group(3))
         self.path, _, self.query = AUTHORITY.sub("/", target).partition("?")
         self.fields = read_fields(self.rfile)
-        require("host" in self.fields or version == 0, 400, "Host is missing.")
+        require("host" in self.fields or minor == 0, 400, "Host is missing.")
         require(HOST_FIELD.fullmatch(self.fields.get("host", "")), 400, "Host is malformed, or given twice.")
-        length = body_length(self.fields, version)
+        length = body_length(self.fields, minor)
         require(length is not None or self.command != "POST",
                 411, "A POST needs a Content-Length, or Transfer-Encoding: chunked.")
-        if version and length and self.fields.get("expect", "").lower() == "100-continue":
+        if minor and length and self.fields.get("expect", "").lower() == "100-continue":
             self.wfile.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         self.body = read_body(self.rfile, length or 0, self.wait_for_slot)
-        self.close_connection = not version or "close" in self.fields.get("connection", "").lower()
+        self.close_connection = not minor or "close" in self.fields.get("connection", "").lower()
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
         return True
@@ -912,31 +897,29 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         if self.server.settings.app_secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
-        self.body = b""
+        self.body = b""  # sending may take a minute
         self.large_slot.close()
         if errors:
             log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
         self.respond(self.server.outbox.settle(replies))
 
-    def send_error(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """Refuse a request, and log the reason."""
-        message = message or TEXTS[code]
-        self.respond(code, message, explain or message)
-
-    def respond(self, status: int, text: Optional[str] = None, refusal: str = "") -> None:
-        """Answer the request, in one write, unless it was answered at its deadline."""
+    def respond(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+        """Answer the request, in one write, unless it was answered at its deadline; log a refusal, explained."""
         if not self.server.set_deadline(self.connection, "linger"):  # from now on the accept loop does not answer
             return
-        if status == 503:
-            status = self.server.outbox.unsettled_status()
-        if refusal:
-            log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
-                    self.command, self.client_address[0], status, refusal)  # without the path: a secret may be in it
-        self.close_connection = self.close_connection or self.server.stopping or status == 503  # a 503 always closes
+        if code == 503:
+            code = self.server.outbox.unsettled_status()
+        if code not in (200, 500, 503):  # without the path: a secret may be in it
+            log.log(logging.WARNING if code == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
+                    self.command, self.client_address[0], code, explain or message or TEXTS[code])
+        # A 503 closes the connection, whether this thread sends it or the accept loop
+        self.close_connection = self.close_connection or self.server.stopping or code == 503
         fields = CLOSE if self.close_connection else ""
-        if status == 405:
+        if code == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
-        self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
+        self.wfile.write(encode_answer(code, message, fields, head_only=self.command == "HEAD"))
+
+    send_error = respond  # http.server's would answer in HTML
 
     def finish(self) -> None:
         """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
