@@ -21,8 +21,8 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When all have ended, the delivery is answered: 200 if each reply is settled (Graph has accepted it, or has refused it
-    permanently); 503 if one was given up after a minute of failures; otherwise 500, because `reply` raised for one.
+ 5. When none is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has refused
+    it permanently), 503 if one was given up after a minute of failures, and otherwise 500, because `reply` raised.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.  Messenger redelivers.  The redelivery waits for those of its replies that are still pending; those that
     were given up, or for which `reply` raised, start afresh, after the replies to what that person has said since.
