@@ -1018,9 +1018,9 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever, which a signal handler cannot end
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping within %g s; a further signal ends it at once", bot.limits.drain)
+    log.info("stopping within %g s; another signal, after a second, ends it immediately", bot.limits.drain)
     left = bot.drain()
-    log.log(logging.ERROR if left else logging.INFO, "stopped; replies left for Messenger to redeliver: %d", left)
+    log.log(logging.ERROR if left else logging.INFO, "stopped; replies that are not settled: %d", left)
     with contextlib.suppress(OSError):
         print(end="", flush=True)  # what `reply` has printed
     os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started
@@ -1149,7 +1149,7 @@ class Chat(socketserver.ThreadingTCPServer):
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, text)
             if status != 503:
                 break
-            self.note("(the bot answered 503 because the reply is not settled yet; Messenger redelivers)")
+            self.note("(the bot answered 503 because Graph has not accepted the reply yet; Messenger redelivers)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, text))
         elif self.replies == replies:
@@ -1206,7 +1206,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
             yield from webhook_findings(settings, url, opener, timeout)
         except OSError as error:
             yield (False, "webhook", "", "no answer (%s): check the address, its certificate, that the bot runs, and "
-                   "that this host can reach it" % error)
+                   "this host's network and proxy" % error)
 
 
 def graph_findings(graph: Graph) -> Iterator[Finding]:
@@ -1239,7 +1239,7 @@ def webhook_findings(settings: Settings, url: str, opener: urllib.request.Opener
     echobot = (status, text) in ((200, query["hub.challenge"]), WRONG_TOKEN)
     yield (status == 200 and echobot, "verification", "the webhook returns the challenge",
            "the deployed bot has a different VERIFY_TOKEN: use the same value in both" if echobot else
-           "status %d, and not from echobot: check the address, which ends in /webhook, and that the bot runs" % status)
+           "status %d, not the challenge: check the address, which ends in /webhook, and that the bot runs" % status)
     if not echobot:
         return
     yield (ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
@@ -1256,7 +1256,8 @@ def webhook_findings(settings: Settings, url: str, opener: urllib.request.Opener
 
 def main(arguments: Optional[Sequence[str]] = None) -> int:
     """Run a command; return its exit status."""
-    parser = argparse.ArgumentParser(prog="echobot.py", description=__doc__,
+    usage, _, _ = (__doc__ or "").partition("The life of a message")
+    parser = argparse.ArgumentParser(prog="echobot.py", description=usage,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", nargs="?", choices=("serve", "chat", "check"), default="serve")
     parser.add_argument("url", nargs="?", help="the public callback URL, for check")

@@ -627,9 +627,9 @@ class Promise(BotTest):
             self.joined(bot, 1)
             threading.Thread(target=hold.set).start()
             clock.advance(4)
+            self.assertIn(self.one(client).status, (200, 503))
             self.until(lambda: clock.advance(4) or not bot.deadlines)
-            answer, = self.rest(client)
-            self.assertIn(answer.status, (200, 503))
+            self.assertEqual(self.rest(client), [])
             self.assertEqual(self.deliver(bot, delivery(message())), 200)
             self.stop(bot)
             self.assertTrue(bot.graph.calls.empty())
@@ -1606,7 +1606,7 @@ class Commands(BotTest):
                 hold.set()
             ended, _, log = process.end()
             self.assertEqual((status.get(timeout=WAIT), ended), expected)
-            self.assertIn("redeliver: %d" % count, log)
+            self.assertIn("not settled: %d" % count, log)
 
     @posix
     def test_within_a_second_of_the_first_a_signal_does_nothing_and_later_it_ends_it_at_once(self):
@@ -1634,10 +1634,10 @@ class Commands(BotTest):
         killed.set()
         statuses = {text: answer.get(timeout=WAIT) for text, answer in answers.items()}
         sent = set(graph.texts())
-        self.assertEqual(set(statuses.values()), {200, None})
+        self.assertLessEqual({200, None}, set(statuses.values()))  # 503 too, on a slow machine
         self.assertEqual({text for text in payloads if statuses[text] == 200} - sent, set())
         second.until_logged()
-        redelivered = {self.deliver(second, payloads[text]) for text in payloads if statuses[text] is None}
+        redelivered = {self.deliver(second, payloads[text]) for text in payloads if statuses[text] != 200}
         self.assertEqual((redelivered, sent | set(graph.texts())), ({200}, set(payloads)))
 
     def test_calls_go_through_the_proxy_of_the_environment(self):
@@ -1883,8 +1883,8 @@ class Check(BotTest):
                           ("verification .*different VERIFY_TOKEN: use the same", url(verify_token="another")),
                           ("signed .*different APP_SECRET, use the same", url(app_secret="another")),
                           ("unsigned .*anybody.*: set APP_SECRET on the deployed bot", url(app_secret="")),
-                          ("verification .*status 200, and not from echobot", other(200, {}, b"Welcome")),
-                          ("verification .*status 403, and not from echobot", other(403, {}, b"Blocked")),
+                          ("verification .*status 200, not the challenge", other(200, {}, b"Welcome")),
+                          ("verification .*status 403, not the challenge", other(403, {}, b"Blocked")),
                           ("verification .*status 302", other(302, {"Location": self.graph.url}, b"")))
         _, lines = self.check(**other(200, {}, b"1158201444"))
         self.assertRegex("\n".join(lines), "(?s)FAIL  other token .*echobot is not at this address.*FAIL  unsigned ")
