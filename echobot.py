@@ -21,17 +21,18 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When none is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has refused
-    it permanently), 503 if one was given up after a minute of failures, and otherwise 500, because `reply` raised.
+ 5. When none is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has refused it
+    permanently, or there was nothing to say), 503 if one was given up after a minute of failures, and otherwise 500,
+    because `reply` raised.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
-    sending.  Messenger redelivers.  The redelivery waits for those of its replies that are still pending; those that
-    were given up, or for which `reply` raised, start afresh, after the replies to what that person has said since.
+    sending.  Messenger redelivers.  The redelivery sends nothing that is settled, waits for what is pending, and starts
+    afresh what was given up or what `reply` raised for, which then comes after the person's newer messages.
  7. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits
     at Messenger; what its people say meanwhile may be answered before it.  While none is pending, any size is accepted.
  8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
-only if Graph accepted it without saying so, or if its delivery is redelivered to another process or after 10,000
+only if Graph accepted it but its answer was lost, or if its delivery is redelivered to another process or after 10,000
 others.  A long text that was given up halfway starts again from its beginning.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
@@ -77,7 +78,7 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     """Return what the bot says to `message`, or None to say nothing.
 
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none,
-    beside the person's id, "sender".  A postback (the press of a button) comes as {"text": its title, "payload": …}.
+    and the person's id, as "sender".  A postback (the press of a button) comes as {"text": its title, "payload": …}.
     `reply` may be slow, but must return: many threads run it at once, but never two for one person.  It is called again
     for the same message if it raised (then the delivery is answered 500), and if Graph failed for a minute.
     """
@@ -86,7 +87,7 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 
 # ---- Limits --------------------------------------------------------------------------------------------------------
 
-TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for a text
+TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for one text
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
 HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
@@ -104,17 +105,17 @@ class Limits(NamedTuple):
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first call until it is given up; earlier if Retry-After is longer
+    retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
     graph_unused: float = 60.0  # after which an idle connection to Graph is no longer used
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
-    connections: int = 500     # at a time; then the longest idle one is ended, or new ones wait in the backlog
+    connections: int = 500     # at a time; for one more the longest idle is ended; if none is idle, it waits
     large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet: each may hold a thread, and Messenger keeps the rest
-    calls: int = 300           # to Graph at a time: as many as it allows a page in a second
+    calls: int = 300           # to Graph at a time, pauses apart: as many as it allows a page in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
@@ -258,7 +259,7 @@ def replies_owed(delivery: Mapping[str, Any]) -> Tuple[List[OwedReply], List[str
 
 
 def list_in(container: Any, name: str) -> List[Any]:
-    """Return the list that `container` has under `name`; [] if absent; [None], one malformed item, if it is no list."""
+    """Return the list that `container` has under `name`; [] if absent; if not a list, [None], which is malformed."""
     value = container.get(name, []) if isinstance(container, dict) else None
     return value if isinstance(value, list) else [None]
 
@@ -301,7 +302,7 @@ def pieces(text: str) -> List[str]:
     result = []
     while text:
         encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
-        # How many characters fit, and how many into half of that; without one that would be cut in two
+        # How many characters fit into a message, and into half of one; "ignore" drops one that would be cut in two
         end, half = [len(encoded[:size].decode("utf-16-le", "ignore")) for size in (2 * TEXT_UNITS, TEXT_UNITS)]
         if end < len(text):
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
@@ -321,8 +322,8 @@ def inside_character(text: str, at: int) -> bool:
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
-# Both parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 has a server refuse.  These
-# functions raise RequestError for what is malformed, too long or cut off.
+# http.client and http.server parse header fields as if they were e-mail's: slowly, and accepting what RFC 9112 tells a
+# server to refuse.  These functions raise RequestError for what is malformed, too long or cut off.
 
 CHUNKED = -1
 TOO_LONG = "The body is longer than 1 MiB."
@@ -365,7 +366,7 @@ def body_length(fields: Dict[str, str], minor: int) -> Optional[int]:
 
 
 def read_body(file: Any, length: int, claim: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; before each part `claim` gets its size so far and with that part."""
+    """Return a body of `length` bytes, or CHUNKED; before each part, call claim(size so far, size with it)."""
     if length != CHUNKED:
         claim(0, length)
         return read_exactly(file, length)
@@ -448,8 +449,8 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
 class Response(http.client.HTTPResponse):
     """An answer that is read whole, with `status`, `headers` (by their names in lower case) and `body`.
 
-    Unlike http.client's, it keeps its buffer, `fp`, open until it is closed itself: `KeepAliveHandler.take` looks there
-    for bytes that came after the answer, which would be taken for the next one.
+    Unlike http.client's, it leaves its buffer, `fp`, open after the answer: what comes then was not asked for, and
+    `KeepAliveHandler.take` must not take it for the next answer.
     """
 
     def begin(self) -> None:
@@ -470,8 +471,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
     def __init__(self, limits: Limits, clock: Clock) -> None:
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
         self.limits, self.clock = limits, clock
-        self.lock = threading.Lock()  # over `idle`
-        # By (type, host, tunnel): those free for a call, the last used last, as (idle since, connection, last answer)
+        self.lock = threading.Lock()  # guards `idle`
+        # By (type, host, tunnel): a list of (idle since, connection, its last answer), the latest at the end
         self.idle: Dict[Any, List[Tuple[float, Any, Response]]] = collections.defaultdict(list)
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
@@ -497,7 +498,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             with self.lock:
                 if not response.will_close and len(self.idle[key]) < self.limits.graph_idle:
                     self.idle[key].append((self.clock(), connection, response))
-                    stack.pop_all()  # nothing is closed
+                    stack.pop_all()  # forgets both closings: the connection and its buffer stay open
         return response
 
     def take(self, key: Any) -> Any:
@@ -510,7 +511,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             connection.sock.settimeout(0)
             with response:  # which closes its buffer, not the connection
                 try:
-                    good = response.fp.read(1) is None  # neither stray bytes nor the connection's end has come
+                    good = response.fp.read(1) is None  # nothing has come: no stray byte, and no end (b"")
                 except OSError as error:
                     good = isinstance(error, ssl.SSLWantReadError)  # the same, over TLS
             if good and self.clock() - since < self.limits.graph_unused:
@@ -533,9 +534,9 @@ def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request
     """Return the Response to `request`; raise OSError, whose text quotes no secret, if there is none."""
     try:
         return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
-    except OSError:  # first, because an error of a certificate is a ValueError too
+    except OSError:  # first, because a certificate error is a ValueError too
         raise
-    except (http.client.HTTPException, ValueError, OverflowError) as error:  # whose text may quote a secret
+    except (http.client.HTTPException, ValueError, OverflowError) as error:  # may quote a secret
         raise OSError(error.args[1] if isinstance(error, RequestError) else type(error).__name__) from error
 
 
@@ -567,19 +568,20 @@ class Graph:
 class Outbox:
     """Sends the replies of a delivery: in the delivery's thread, and in one more for each reply after the first.
 
-    A reply is pending until it is settled (Graph has accepted it, or has refused it permanently), is given up after a
-    minute of temporary failures, or fails because `reply` raised.  Only settled ones are remembered.
+    A reply is pending until it is settled (Graph has accepted it or has refused it permanently, or there was nothing to
+    say), is given up after a minute of temporary failures, or fails because `reply` raised.  Only settled ones are
+    remembered.
     """
 
     def __init__(self, reply: ReplyFunction, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
         self.reply, self.limits, self.clock, self.wait = reply, limits, clock, wait
         self.graph: Any = graph                         # None on a dry run
-        self.lock = threading.Lock()                    # over the next three
+        self.lock = threading.Lock()                    # guards the next three
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # Unlocked: since when Graph fails, and when it last did; it no longer does once it accepts a reply, or refuses
-        # one permanently, or has not failed again for `outage`
+        # Unlocked: since when Graph has been failing, or None, and when it last failed.  A reply that it accepts, or
+        # refuses permanently, ends that, and so does `outage` without a failure
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -596,7 +598,7 @@ class Outbox:
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503  # which `respond` turns into 200 in a long outage
-            for owed in new:  # all at once, so that two deliveries never wait for each other's replies
+            for owed in new:  # in one go: so each waits only for older ones, and the oldest for none
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
@@ -609,19 +611,19 @@ class Outbox:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
         queue = collections.deque(replies)  # shared: if a thread dies as it starts, the others send what it would have
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
-            for _ in replies[1:self.limits.pending]:  # no more threads than pending replies
+            for _ in replies[1:self.limits.pending]:  # a delivery may owe more
                 # Thread.start would wait until it runs: forever, if memory runs out
                 _thread.start_new_thread(self.send_queued, (queue,))
         self.send_queued(queue)
 
     def send_queued(self, queue: Deque[OwedReply]) -> None:
-        """Take and send the next reply until none is left; so a reply waits only for one that is being sent."""
+        """Take and send the next reply, the oldest first, until none is left."""
         with contextlib.suppress(IndexError):
             while True:
                 self.send(queue.popleft())
 
     def send(self, owed: OwedReply) -> None:
-        """In the person's turn ask `reply` what to say, send it, and record what has become of it."""
+        """When it is this reply's turn ask `reply` what to say, send it, and record what has become of it."""
         try:
             if owed.previous:
                 owed.previous.wait()
@@ -684,7 +686,7 @@ class Outbox:
                 # The last pause is cut short, so that the last try comes when the time is over
                 seconds = max(min(pause * random.uniform(0.5, 1), remaining), failure.retry_after)
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                self.wait(owed.done, seconds)  # only a pause, because nobody but this thread sets `done`
+                self.wait(owed.done, seconds)  # only a pause, in a test's own time: nobody else sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
@@ -727,7 +729,7 @@ class Bot(http.server.ThreadingHTTPServer):
         super().__init__(address, WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
-        self.lock = threading.Lock()  # over writes to `deadlines`, and while a connection is ended
+        self.lock = threading.Lock()  # guards writes to `deadlines`, and the ending of a connection
         self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}  # each open connection's (deadline, state)
         self.stopping = False         # from then on idle connections are ended
 
@@ -746,7 +748,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
                         raise OSError("too many connections")
-                    self.end(min(idle, key=self.deadlines.__getitem__))  # it counts until its thread has closed it
+                    self.end(min(idle, key=self.deadlines.__getitem__))  # its thread closes it, very soon
             connection, address = super().get_request()
         except OSError:
             time.sleep(TICK)  # or the loop would spin
@@ -764,7 +766,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             ended = self.deadlines.get(connection, (0, "ended"))[1] == "ended"
             if not ended:
-                self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # named alike
+                self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # the state's field
             return not ended
 
     def service_actions(self) -> None:
@@ -786,8 +788,8 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
         if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
-            socket.close(connection.detach())  # `connection.close` would wait for the thread to close its rfile
-        else:  # until its thread closes it, or, if that died as it started, the deadline
+            socket.close(connection.detach())  # `connection.close` would leave it open as long as the thread's rfile
+        else:  # to be closed by its thread, or, if that died as it started, at this deadline
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -821,7 +823,7 @@ METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "G
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
     """Reads the requests of a connection and answers them, in its thread.
 
-    http.server's `handle` calls `handle_one_request` until `close_connection` is true, and then `finish`.
+    http.server's `handle` calls `handle_one_request` until `close_connection` is true; `finish` comes last.
     """
 
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
@@ -832,7 +834,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # frees a large body's slot, if `do_POST` has not
+        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot, freed here if not in `do_POST`
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
@@ -1015,7 +1017,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
     if not bot.settings.app_secret:
         log.warning("anybody can post deliveries until APP_SECRET is set")
-    while not signals:  # not serve_forever, which a signal handler cannot end
+    while not signals:  # not serve_forever: a signal handler that ends it would wait for itself
         bot.handle_request()
         bot.service_actions()
     log.info("stopping within %g s; another signal, after a second, ends it immediately", bot.limits.drain)
@@ -1138,7 +1140,7 @@ class Chat(socketserver.ThreadingTCPServer):
             self.deliver(signed=True)
 
     def deliver(self, signed: bool) -> None:
-        """Deliver `body` as Messenger does: until the answer is not 503."""
+        """Deliver `body`, again and again while the answer is 503."""
         fields = {"X-Hub-Signature-256": sign(self.body, self.secret)} if signed else {}
         replies = self.replies
         for _ in range(200):  # for a minute; Messenger goes on for an hour
