@@ -1236,6 +1236,19 @@ class Limits(BotTest):
             self.assertEqual(self.statuses(bot, framed("Content-Length: %d" % MIB)), [408])
             self.until(lambda: _thread._count() <= threads)
 
+    def test_a_delivery_that_is_whole_only_after_its_408_is_not_acted_on(self):
+        clock = Clock()
+        bot = self.start_bot(accept, clock=clock, limits={"large": 1})
+        body = json.dumps(delivery(message())).encode().ljust(70000)
+        threads = _thread._count()
+        with bot.large:
+            client = self.connect(bot, sized(body, *("%s: %s" % field for field in signed(body).items())))
+            self.until(lambda: self.deadlines(bot, "request"))
+            clock.advance(10)
+            self.assertEqual([answer.status for answer in self.rest(client)], [408])
+        self.until(lambda: _thread._count() <= threads)
+        self.assertTrue(bot.graph.calls.empty())
+
     def test_a_client_that_vanishes_leaves_its_place_and_no_trace(self):
         bot, whole = self.start_bot(limits={"connections": 9}), sized(b"{}", EXPECT)
         with self.assertLogs("echobot", "INFO") as logs:
