@@ -818,8 +818,14 @@ class Promise(BotTest):
         self.assertEqual(len(bot.outbox.pending), 3, "a delivery is accepted whole or not at all")
         hold.set()
         self.assertEqual([status.get(timeout=WAIT) for status in statuses], [200, 200])
-        self.assertEqual(self.deliver(bot, delivery(*events)), 200)
-        self.assertEqual(bot.graph.calls.qsize(), 8)
+        again = threading.Event()
+        bot.graph.answer = held(again)
+        status = self.deliver_in_background(bot, delivery(*events))
+        self.until(lambda: len(bot.outbox.pending) == 5)
+        redelivery = self.deliver_in_background(bot, delivery(*events))
+        self.until(lambda: self.deadlines(bot, "answer") == 2)
+        again.set()
+        self.assertEqual((status.get(timeout=WAIT), redelivery.get(timeout=WAIT), bot.graph.calls.qsize()), (200, 200, 8))
 
     def test_a_reply_is_one_log_line_and_its_text_is_logged_only_on_a_dry_run(self):
         event = message("a person's words")
@@ -1056,6 +1062,10 @@ class Wire(BotTest):
                     body = b"{}".ljust(size)
                     request = framed(CHUNKED, body=chunked(body, chunk)) if chunk else sized(body)
                     self.assertEqual(self.statuses(bot, request + LAST), expected)
+        client = self.connect(bot, framed("Content-Length: %d" % (3 * MIB)))
+        self.assertEqual(self.one(client).status, 413)
+        for _ in range(30):
+            client.sendall(bytes(100000))  # fails where the connection is reset
 
     def test_another_path_is_404_and_another_method_405_with_allow(self):
         bot = self.start_bot()
