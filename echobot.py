@@ -21,19 +21,21 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When none is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has refused it
-    permanently, or there was nothing to say), 503 if one was given up after a minute of failures, and otherwise 500,
-    because `reply` raised.
+ 5. When none of its replies is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has
+    refused it permanently, or there was nothing to say), else 503 if one was given up after a minute of failures, else
+    500, because `reply` raised.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
-    sending.  Messenger redelivers.  The redelivery sends nothing that is settled, waits for what is pending, and starts
-    afresh what was given up or what `reply` raised for, which then comes after the person's newer messages.
- 7. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits
-    at Messenger; what its people say meanwhile may be answered before it.  While none is pending, any size is accepted.
- 8. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
+    sending.
+ 7. After 503 or 500 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
+    starts afresh what was given up or what `reply` raised for, which then comes after the person's newer messages.
+ 8. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits at
+    Messenger; what its people say meanwhile may be answered before it.  If nothing is pending, any size is accepted.
+ 9. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
-So a reply is sent at least once, unless Graph refuses it permanently, and except in a long outage.  It is sent twice
-only if Graph accepted it but its answer was lost, or if its delivery is redelivered to another process or after 10,000
-others.  A long text that was given up halfway starts again from its beginning.
+Nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently, `reply` keeps raising, or
+the outage is long.  It is sent twice only if Graph accepted it but its answer was lost, or if its delivery is
+redelivered to another process, such as the restarted bot, or after 10,000 other replies.  A long text that was given
+up halfway starts again from its beginning.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -80,7 +82,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none,
     and the person's id, as "sender".  A postback (the press of a button) comes as {"text": its title, "payload": …}.
     `reply` may be slow, but must return: many threads run it at once, but never two for one person.  It is called again
-    for the same message if it raised (then the delivery is answered 500), and if Graph failed for a minute.
+    for the same message if Graph failed for a minute, and if it raised: then the delivery is answered 500, and if that
+    goes on for an hour, Messenger unsubscribes the bot.
     """
     return message.get("text") or "I can't echo this"
 
@@ -93,7 +96,7 @@ HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its r
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # larger bodies wait for one of `Limits.large` slots
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
-SPARE_FILES = 40             # open files left to the interpreter, the log and DNS look-ups
+SPARE_FILES = 40             # open files left to the interpreter, the log, DNS lookups and `reply`
 TICK = 0.05                  # s between two looks at the clock: small compared with all deadlines
 
 
@@ -101,9 +104,9 @@ class Limits(NamedTuple):
     """The limits that a test, `chat` or a small host may want smaller: first times, in seconds, then numbers."""
 
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
-    request: float = 10.0      # for a request to arrive whole: deliveries are small
+    request: float = 10.0      # for a request to arrive whole, from accept or from its first byte: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
-    linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
+    linger: float = 2.0        # for a client to take an answer; after the last one, once more for it to close
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
@@ -112,10 +115,10 @@ class Limits(NamedTuple):
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
-    connections: int = 500     # at a time; for one more the longest idle is ended; if none is idle, it waits
+    connections: int = 500     # at a time; one more ends the longest idle one, or if none is idle, it waits
     large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet: each may hold a thread, and Messenger keeps the rest
-    calls: int = 300           # to Graph at a time, pauses apart: as many as it allows a page in a second
+    calls: int = 300           # to Graph at a time (a reply that pauses makes none): as many as it allows in a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
@@ -187,7 +190,7 @@ UNSIGNED = 403, "The delivery is not signed with the app's secret."
 
 
 class RequestError(ValueError):
-    """A refused request, or a malformed answer of Graph's; `args`: the status, the text, and for the log the reason."""
+    """A refused request, or a malformed answer from Graph; `args`: the status, the text, and for the log the reason."""
 
 
 def require(value: Any, status: int, *why: str) -> Any:
@@ -294,7 +297,7 @@ def reply_to_event(page: str, event: Any) -> Optional[OwedReply]:
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
 INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # a joiner, a line's end, a surrogate pair
-EXTENDING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiners, skin tones, a flag's tags
+EXTENDING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiners, skin tones, flag tags
 
 
 def pieces(text: str) -> List[str]:
@@ -302,8 +305,8 @@ def pieces(text: str) -> List[str]:
     result = []
     while text:
         encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
-        # How many characters fit into a message, and into half of one; "ignore" drops one that would be cut in two
-        end, half = [len(encoded[:size].decode("utf-16-le", "ignore")) for size in (2 * TEXT_UNITS, TEXT_UNITS)]
+        end = len(encoded[:2 * TEXT_UNITS].decode("utf-16-le", "ignore"))  # characters that fit; none is cut in two
+        half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))     # and into half of a message
         if end < len(text):
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
@@ -361,12 +364,13 @@ def body_length(fields: Dict[str, str], minor: int) -> Optional[int]:
     if length is None:
         return None
     require(re.fullmatch("[0-9]+", length), 400, "Content-Length is not a decimal number, or is given twice.")
-    require(float(length) <= BODY_BYTES, 413, TOO_LONG)
-    return int(float(length))  # int alone refuses thousands of digits
+    size = float(length)  # int refuses thousands of digits
+    require(size <= BODY_BYTES, 413, TOO_LONG)
+    return int(size)
 
 
 def read_body(file: Any, length: int, claim: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; before each part, call claim(size so far, size with it)."""
+    """Return a body of `length` bytes, or CHUNKED; before each part claim(size so far, size with the part) may wait."""
     if length != CHUNKED:
         claim(0, length)
         return read_exactly(file, length)
@@ -498,7 +502,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             with self.lock:
                 if not response.will_close and len(self.idle[key]) < self.limits.graph_idle:
                     self.idle[key].append((self.clock(), connection, response))
-                    stack.pop_all()  # forgets both closings: the connection and its buffer stay open
+                    stack.pop_all()  # the connection and its buffer stay open
         return response
 
     def take(self, key: Any) -> Any:
@@ -509,11 +513,11 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
                     return None
                 since, connection, response = self.idle[key].pop()
             connection.sock.settimeout(0)
-            with response:  # which closes its buffer, not the connection
+            with response:  # closes the answer's buffer, not the connection
                 try:
-                    good = response.fp.read(1) is None  # nothing has come: no stray byte, and no end (b"")
+                    good = response.fp.read(1) is None  # nothing has come; b"" is the end, a byte was not asked for
                 except OSError as error:
-                    good = isinstance(error, ssl.SSLWantReadError)  # the same, over TLS
+                    good = isinstance(error, ssl.SSLWantReadError)  # so TLS says that nothing has come
             if good and self.clock() - since < self.limits.graph_unused:
                 connection.sock.settimeout(connection.timeout)
                 return connection
@@ -531,7 +535,7 @@ def make_opener(limits: Limits = Limits(), proxies: Optional[Dict[str, str]] = N
 
 
 def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request, timeout: float) -> Response:
-    """Return the Response to `request`; raise OSError, whose text quotes no secret, if there is none."""
+    """Return the Response to `request`; raise OSError, with a text that quotes no secret, if none comes."""
     try:
         return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
     except OSError:  # first, because a certificate error is a ValueError too
@@ -578,7 +582,7 @@ class Outbox:
         self.graph: Any = graph                         # None on a dry run
         self.lock = threading.Lock()                    # guards the next three
         self.pending: Dict[bytes, OwedReply] = {}       # by key
-        self.last: Dict[str, threading.Event] = {}      # `done` of the newest one to each person, by the person's id
+        self.last: Dict[str, threading.Event] = {}      # `done` of the newest reply to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
         # Unlocked: since when Graph has been failing, or None, and when it last failed.  A reply that it accepts, or
         # refuses permanently, ends that, and so does `outage` without a failure
@@ -588,7 +592,7 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # then the accept loop answers, and this thread need not wait
+        until = self.clock() + self.limits.answer  # a 503 is due by then: a thread that only waits need not stay
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -598,20 +602,20 @@ class Outbox:
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503  # which `respond` turns into 200 in a long outage
-            for owed in new:  # in one go: so each waits only for older ones, and the oldest for none
+            for owed in new:  # under one lock: each waits only for older ones, and so never two for each other
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
         for owed in unsettled.values():  # some are being sent by other threads: this delivery's, or an earlier one's
             self.wait(owed.done, until - self.clock())
-        return max([owed.status for owed in unsettled.values()], default=200)
+        return max([owed.status for owed in unsettled.values()], default=200)  # 503 outweighs 500, which outweighs 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
         queue = collections.deque(replies)  # shared: if a thread dies as it starts, the others send what it would have
         with contextlib.suppress(RuntimeError, MemoryError):  # no more can be started
-            for _ in replies[1:self.limits.pending]:  # a delivery may owe more
+            for _ in replies[1:self.limits.pending]:  # bounds the threads; the queue has all
                 # Thread.start would wait until it runs: forever, if memory runs out
                 _thread.start_new_thread(self.send_queued, (queue,))
         self.send_queued(queue)
@@ -623,7 +627,7 @@ class Outbox:
                 self.send(queue.popleft())
 
     def send(self, owed: OwedReply) -> None:
-        """When it is this reply's turn ask `reply` what to say, send it, and record what has become of it."""
+        """When it is this reply's turn, ask `reply` what to say, send it, and record what has become of it."""
         try:
             if owed.previous:
                 owed.previous.wait()
@@ -686,7 +690,7 @@ class Outbox:
                 # The last pause is cut short, so that the last try comes when the time is over
                 seconds = max(min(pause * random.uniform(0.5, 1), remaining), failure.retry_after)
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                self.wait(owed.done, seconds)  # only a pause, in a test's own time: nobody else sets `done`
+                self.wait(owed.done, seconds)  # a pause, in the tests' time: only this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
@@ -717,9 +721,8 @@ class Bot(http.server.ThreadingHTTPServer):
         ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
     """
 
-    timeout = TICK  # s that handle_request waits for a connection
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
-    # Two servers must not share a port; these would let them: the first on Windows, the second in Python 3.14
+    # Two servers must not share a port; the first would let them on Windows, the second in Python 3.14
     allow_reuse_address = os.name == "posix"
     allow_reuse_port = False
 
@@ -734,14 +737,15 @@ class Bot(http.server.ThreadingHTTPServer):
         self.stopping = False         # from then on idle connections are ended
 
     def server_bind(self) -> None:
-        """Bind, `::` for IPv4 as well; without the DNS look-up of the host's name that HTTPServer makes."""
+        """Bind, `::` for IPv4 as well; without the DNS lookup of the host's name that HTTPServer makes."""
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         socketserver.TCPServer.server_bind(self)
-        self.server_port = self.socket.getsockname()[1]
+        self.server_port = self.server_address[1]
+        self.socket.settimeout(TICK)  # for handle_request and accept, so that deadlines are looked at in time
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
+        """Accept a connection; raise OSError, so that the loop goes on, if there is no room or no file for it."""
         try:
             if len(self.deadlines) >= self.limits.connections:
                 with self.lock:
@@ -758,7 +762,7 @@ class Bot(http.server.ThreadingHTTPServer):
         return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread; not with Thread.start, which would wait forever if memory runs out."""
+        """Start a connection's thread; not with Thread.start, which would wait forever if memory ran out."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
@@ -778,7 +782,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     self.end(connection)
 
     def end(self, connection: socket.socket) -> None:
-        """With `lock` held end a connection, after the answer that it is owed, if that can be sent without waiting."""
+        """With `lock` held, end a connection, after the answer that it is owed, if that can be sent without waiting."""
         _, state = self.deadlines.pop(connection)
         with contextlib.suppress(OSError):  # for example, the client is not reading
             if state in ("request", "answer"):
@@ -788,8 +792,8 @@ class Bot(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
         if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
-            socket.close(connection.detach())  # `connection.close` would leave it open as long as the thread's rfile
-        else:  # to be closed by its thread, or, if that died as it started, at this deadline
+            socket.close(connection.detach())  # `connection.close` would wait until the thread's rfile is closed
+        else:  # its thread notices and closes it; if that has died as it started, this deadline does
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
@@ -839,12 +843,12 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
             except RequestError as error:
-                self.respond(*error.args)
+                self.send_error(*error.args)
             except OSError:  # the client is gone
                 self.close_connection = True
             except Exception:
                 log.exception("a bug while answering a %s", self.command)
-                self.respond(500)
+                self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
         if not self.close_connection:
             another = self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
@@ -921,7 +925,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(code, message, fields, head_only=self.command == "HEAD"))
 
-    send_error = respond  # http.server's would answer in HTML
+    send_error = respond  # http.server's name for it, where a request is refused
 
     def finish(self) -> None:
         """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
@@ -1033,7 +1037,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
 
 CHAT_LIMITS = Limits(answer=0.3)  # s, so that redeliveries can be watched
 SLOW = 0.7                        # s that a slow Graph takes, so that there are two redeliveries
-PERSON, PAGE = "1001", "2002"     # the ids of who types, and of the page
+PERSON, PAGE = "1001", "2002"     # the ids of the person who types, and of the page
 COMMANDS: Dict[str, Tuple[str, Any]] = {  # what each is, and its events (a list) or Graph's next error (a dict)
     "/sticker": ("a sticker", [("message", {"attachments": [{"type": "sticker", "payload": {"sticker_id": 369239}}]})]),
     "/image": ("an image", [("message", {"attachments": [{"type": "image", "payload": {"url": "https://a.b/c"}}]})]),
@@ -1151,7 +1155,7 @@ class Chat(socketserver.ThreadingTCPServer):
             self.show("bot > Messenger", "HTTP/1.1 %d" % status, text)
             if status != 503:
                 break
-            self.note("(the bot answered 503 because Graph has not accepted the reply yet; Messenger redelivers)")
+            self.note("(the bot answered 503 because the reply is not sent yet; Messenger redelivers)")
         if status != 200:
             self.note("(the bot answered %d: %s)" % (status, text))
         elif self.replies == replies:
@@ -1174,7 +1178,7 @@ class Chat(socketserver.ThreadingTCPServer):
 # ---- check: why does it not answer? --------------------------------------------------------------------------------
 
 EMPTY = b'{"object":"page","entry":[]}'  # a delivery that owes nothing
-Finding = Tuple[Any, str, str, str]  # whether it holds, its name, the text if it does, the text with the fix if not
+Finding = Tuple[Any, str, str, str]  # whether it holds, its name, what to print if it does, and if not
 
 
 def check(environ: Mapping[str, str], url: Optional[str] = None,
@@ -1183,13 +1187,14 @@ def check(environ: Mapping[str, str], url: Optional[str] = None,
     status = 0
     for holds, what, good, fix in findings(environ, url, opener or make_opener(Limits(graph_idle=0)), timeout):
         print("%-4s  %-12s  %s" % ("ok" if holds else "FAIL", what, printable(good if holds else fix)), flush=True)
-        status = status if holds else 1
+        if not holds:
+            status = 1
     return status
 
 
 def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.request.OpenerDirector,
              timeout: float) -> Iterator[Finding]:
-    """Yield what is found of the settings, of the token and of the deployed bot."""
+    """Yield what is found out about the settings, the token and the deployed bot."""
     try:
         settings = settings_from(environ)
     except SettingsError as error:
@@ -1212,7 +1217,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
 
 
 def graph_findings(graph: Graph) -> Iterator[Finding]:
-    """Yield what Graph says of the token, the secret and the subscription."""
+    """Yield what Graph says about the token, the secret and the subscription."""
     what = "token"
     try:
         page = graph.call("/me?fields=id,name")
