@@ -21,21 +21,21 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When none of its replies is pending, the delivery is answered: 200 if each is settled (Graph has accepted it, or has
-    refused it permanently, or there was nothing to say), else 503 if one was given up after a minute of failures, else
-    500, because `reply` raised.
+ 5. When all its replies are final, the delivery is answered with the highest status among them: 200 for one that is
+    settled (Graph has accepted it, or has refused it permanently, or there was nothing to say), 500 if `reply` raised,
+    503 if it was given up after a minute of failures.
  6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
     sending.
  7. After 503 or 500 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
-    starts afresh what was given up or what `reply` raised for, which then comes after the person's newer messages.
+    starts afresh what was given up or what `reply` raised for; that then comes after the person's newer messages.
  8. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits at
     Messenger; what its people say meanwhile may be answered before it.  If nothing is pending, any size is accepted.
- 9. When Graph has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
+ 9. When every call has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
-Nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently, `reply` keeps raising, or
-the outage is long.  It is sent twice only if Graph accepted it but its answer was lost, or if its delivery is
-redelivered to another process, such as the restarted bot, or after 10,000 other replies.  A long text that was given
-up halfway starts again from its beginning.
+Nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently, `reply` keeps raising, the
+outage is long, or Messenger stops redelivering.  It is sent twice only if Graph accepted it but its answer was lost, or
+if its delivery is redelivered to another process, such as the restarted bot, or after 10,000 other replies.  A long
+text that was given up halfway starts again from its beginning.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -82,8 +82,8 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
     `message` is what Messenger sends: {"mid": …, "text": …, "attachments": […], …}, its `text` empty if there is none,
     and the person's id, as "sender".  A postback (the press of a button) comes as {"text": its title, "payload": …}.
     `reply` may be slow, but must return: many threads run it at once, but never two for one person.  It is called again
-    for the same message if Graph failed for a minute, and if it raised: then the delivery is answered 500, and if that
-    goes on for an hour, Messenger unsubscribes the bot.
+    for the same message if Graph failed for a minute, or if it raised: then the delivery is answered 500, and after an
+    hour of that Messenger unsubscribes the bot.
     """
     return message.get("text") or "I can't echo this"
 
@@ -92,7 +92,7 @@ def reply(message: Mapping[str, Any]) -> Optional[str]:
 
 TEXT_UNITS = 2000            # UTF-16 code units in one message: Graph's limit for one text
 LINE_BYTES = 8 * 1024        # of a request line or a header line, as in nginx
-HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and its routers send about 1 KiB
+HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and the host's router send about 1 KiB
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # larger bodies wait for one of `Limits.large` slots
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
@@ -111,14 +111,14 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
-    graph_unused: float = 60.0  # after which an idle connection to Graph is no longer used
+    graph_unused: float = 60.0  # that a connection to Graph may be idle and still be used
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
-    same_signal: float = 1.0   # in which a further signal counts as the first: Heroku may send SIGTERM twice
+    same_signal: float = 1.0   # a second signal within this counts as the first: Heroku may send SIGTERM twice
     connections: int = 500     # at a time; one more ends the longest idle one, or if none is idle, it waits
     large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies not settled yet: each may hold a thread, and Messenger keeps the rest
-    calls: int = 300           # to Graph at a time (a reply that pauses makes none): as many as it allows in a second
+    calls: int = 300           # to Graph at a time, each with a file: at 1 s a call, its own limit of 300 a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
@@ -481,7 +481,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
 
     def do_open(self, http_class: Any, req: urllib.request.Request, **options: Any) -> Any:
         """Return the Response to `req`, and keep the connection open if it can be used again."""
-        headers = {**req.headers, **req.unredirected_hdrs}
+        headers = dict(req.header_items())
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
         for_proxy = {name: value for name, value in headers.items() if tunnel and name.startswith("Proxy-")}
@@ -584,15 +584,15 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest reply to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # Unlocked: since when Graph has been failing, or None, and when it last failed.  A reply that it accepts, or
-        # refuses permanently, ends that, and so does `outage` without a failure
+        # The outage, unlocked: the first (or None) and the last of the failures since Graph last accepted or refused a
+        # reply; after `outage` without a failure a new one begins
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # a 503 is due by then: a thread that only waits need not stay
+        until = self.clock() + self.limits.answer  # then a thread that only waits answers 503 itself
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -666,7 +666,7 @@ class Outbox:
         return 200
 
     def send_piece(self, owed: OwedReply, piece: str) -> None:
-        """Send one message, with retries; raise GraphError if Graph refuses it, or when the time is over."""
+        """Send one message, with retries; raise GraphError if Graph refuses it, or when its time is up."""
         content = {"recipient": {"id": owed.recipient}, "messaging_type": "RESPONSE", "message": {"text": piece}}
         pause = self.limits.first_pause
         while True:
@@ -690,7 +690,7 @@ class Outbox:
                 # The last pause is cut short, so that the last try comes when the time is over
                 seconds = max(min(pause * random.uniform(0.5, 1), remaining), failure.retry_after)
                 log.warning("Graph failed; retrying the reply to %s, in %.1f s: %s", owed.label, seconds, failure)
-                self.wait(owed.done, seconds)  # a pause, in the tests' time: only this thread sets `done`
+                self.wait(owed.done, seconds)  # just a pause, since only this thread sets `done`
                 pause = min(2 * pause, self.limits.longest_pause)
 
     def unsettled_status(self) -> int:
@@ -709,7 +709,7 @@ class Bot(http.server.ThreadingHTTPServer):
     """The webhook's server: each connection has a thread, and one deadline.
 
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
-    connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and answers
+    connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
     nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
     anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states.
     Each lasts as long as the field of `Limits` with its name, and "ended" as long as "request":
@@ -745,7 +745,7 @@ class Bot(http.server.ThreadingHTTPServer):
         self.socket.settimeout(TICK)  # for handle_request and accept, so that deadlines are looked at in time
 
     def get_request(self) -> Tuple[socket.socket, Any]:
-        """Accept a connection; raise OSError, so that the loop goes on, if there is no room or no file for it."""
+        """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
         try:
             if len(self.deadlines) >= self.limits.connections:
                 with self.lock:
@@ -754,7 +754,8 @@ class Bot(http.server.ThreadingHTTPServer):
                         raise OSError("too many connections")
                     self.end(min(idle, key=self.deadlines.__getitem__))  # its thread closes it, very soon
             connection, address = super().get_request()
-        except OSError:
+        except OSError as error:
+            log.debug("cannot accept a connection: %s", error)
             time.sleep(TICK)  # or the loop would spin
             raise
         with self.lock:
@@ -766,7 +767,7 @@ class Bot(http.server.ThreadingHTTPServer):
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
-        """Replace a connection's deadline by its next state's; return False if the connection was ended meanwhile."""
+        """Replace a connection's deadline with its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
             ended = self.deadlines.get(connection, (0, "ended"))[1] == "ended"
             if not ended:
@@ -774,7 +775,7 @@ class Bot(http.server.ThreadingHTTPServer):
             return not ended
 
     def service_actions(self) -> None:
-        """End the connections whose deadline has passed; the accept loop calls this in each turn."""
+        """End the connections whose deadline has passed; the accept loop calls this on each turn."""
         now = self.clock()
         with self.lock:
             for connection, (deadline, state) in list(self.deadlines.items()):
@@ -785,6 +786,8 @@ class Bot(http.server.ThreadingHTTPServer):
         """With `lock` held, end a connection, after the answer that it is owed, if that can be sent without waiting."""
         _, state = self.deadlines.pop(connection)
         with contextlib.suppress(OSError):  # for example, the client is not reading
+            if state == "request":
+                log.info("refused a request with 408: it did not arrive whole within %g s", self.limits.request)
             if state in ("request", "answer"):
                 status = 408 if state == "request" else self.outbox.unsettled_status()
                 connection.setblocking(False)
@@ -793,11 +796,11 @@ class Bot(http.server.ThreadingHTTPServer):
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
         if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
             socket.close(connection.detach())  # `connection.close` would wait until the thread's rfile is closed
-        else:  # its thread notices and closes it; if that has died as it started, this deadline does
+        else:  # its thread, now awake, closes it; one that died as it started cannot: then this deadline does
             self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
-        """Close a connection, and give its place to another."""
+        """Close a connection, and free its place."""
         with self.lock:
             self.deadlines.pop(request, None)
         request.close()  # only now: `end` must not find a closed one in `deadlines`
@@ -838,7 +841,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot, freed here if not in `do_POST`
+        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
             try:
                 if self.parse_request():
                     getattr(self, "do_" + self.command)()
@@ -882,7 +885,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     def wait_for_slot(self, before: int, after: int) -> None:
         """Wait for one of `Limits.large` slots if a body becomes a large one."""
         if before <= LARGE_BYTES < after:
-            require(self.server.large.acquire(timeout=self.server.limits.request), 408)
+            require(self.server.large.acquire(timeout=self.server.limits.request), 408, "Too many large bodies.")
             self.large_slot.callback(self.server.large.release)
 
     def do_GET(self) -> None:
@@ -910,7 +913,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.respond(self.server.outbox.settle(replies))
 
     def respond(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
-        """Answer the request, in one write, unless it was answered at its deadline; log a refusal, explained."""
+        """Answer the request, in one write, unless it was answered at its deadline; log a refusal and its reason."""
         if not self.server.set_deadline(self.connection, "linger"):  # from now on the accept loop does not answer
             return
         if code == 503:
@@ -928,7 +931,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     send_error = respond  # http.server's name for it, where a request is refused
 
     def finish(self) -> None:
-        """Read on, then close: closing with unread input would reset the connection and lose the last answer."""
+        """Read until the client closes: closing with unread input would reset the connection, and lose the answer."""
         if self.server.set_deadline(self.connection, "linger"):
             with contextlib.suppress(OSError):
                 self.connection.shutdown(socket.SHUT_WR)
@@ -1024,7 +1027,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever: a signal handler that ends it would wait for itself
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping within %g s; another signal, after a second, ends it immediately", bot.limits.drain)
+    log.info("stopping within %g s; a signal more than a second later ends it at once", bot.limits.drain)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies that are not settled: %d", left)
     with contextlib.suppress(OSError):

@@ -1186,8 +1186,10 @@ class Limits(BotTest):
         clock.advance(8.9)
         self.assertEqual(self.said(bot, LAST), [(200, "last")])
         self.assertEqual(select.select([used], [], [], 0)[0], [])
-        clock.advance(0.1)
-        self.assertEqual([answer.status for answer in self.rest(used)], [408])
+        with self.assertLogs("echobot", "INFO") as logs:
+            clock.advance(0.1)
+            self.assertEqual([answer.status for answer in self.rest(used)], [408])
+        self.assertRegex(logs.output[0], "refused a request with 408: .* within 10 s")
 
     def test_a_refused_client_that_does_not_close_and_one_that_does_not_read_lose_their_places(self):
         clock = Clock()
