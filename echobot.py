@@ -24,8 +24,8 @@ The life of a message:
  5. When all its replies are final, the delivery is answered with the highest status among them: 200 for one that is
     settled (Graph has accepted it, or has refused it permanently, or there was nothing to say), 500 if `reply` raised,
     503 if it was given up after a minute of failures.
- 6. If that takes longer than 4 s, the accept loop in the main thread answers 503, and the delivery's own thread goes on
-    sending.
+ 6. If that takes longer than 4 s, the answer is 503: from the delivery's own thread if it only waits for others, else
+    from the accept loop, in the main thread, while the delivery's thread goes on sending.
  7. After 503 or 500 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
     starts afresh what was given up or what `reply` raised for; that then comes after the person's newer messages.
  8. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits at
@@ -106,7 +106,7 @@ class Limits(NamedTuple):
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole, from accept or from its first byte: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
-    linger: float = 2.0        # for a client to take an answer; after the last one, once more for it to close
+    linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
@@ -711,11 +711,12 @@ class Bot(http.server.ThreadingHTTPServer):
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
     connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
     nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
-    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states.
-    Each lasts as long as the field of `Limits` with its name, and "ended" as long as "request":
+    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states, for
+    a delivery in this order, and then again from the first.  Each lasts at most as long as the field of `Limits` with
+    its name, and "ended" as long as "request":
 
         request   a request is being read; at the deadline it is answered 408
-        answer    a delivery's replies are being sent; at the deadline it is answered 503 and closed; the thread goes on
+        answer    a delivery is checked, its replies are sent; at the deadline it is answered 503; the thread goes on
         linger    an answer is being written; after the last one, until the client has read it and closes
         idle      nothing has come since the last answer
         ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
@@ -883,7 +884,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def wait_for_slot(self, before: int, after: int) -> None:
-        """Wait for one of `Limits.large` slots if a body becomes a large one."""
+        """Wait for one of `Limits.large` slots if a body becomes a large one, but no longer than for a request."""
         if before <= LARGE_BYTES < after:
             require(self.server.large.acquire(timeout=self.server.limits.request), 408, "Too many large bodies.")
             self.large_slot.callback(self.server.large.release)
