@@ -96,7 +96,7 @@ HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and the h
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # larger bodies wait for one of `Limits.large` slots
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
-SPARE_FILES = 40             # open files left to the interpreter, the log, DNS lookups and `reply`
+SPARE_FILES = 40             # open files left to the interpreter, the log, DNS lookups and `reply`: see `fit_file_limit`
 TICK = 0.05                  # s between two looks at the clock: small compared with all deadlines
 
 
@@ -111,13 +111,13 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
-    graph_unused: float = 60.0  # that a connection to Graph may be idle and still be used
+    graph_unused: float = 60.0  # that a connection to Graph may be idle and used again: then a NAT may have lost it
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # a second signal within this counts as the first: Heroku may send SIGTERM twice
     connections: int = 500     # at a time; one more ends the longest idle one, or if none is idle, it waits
     large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
-    pending: int = 1000        # replies not settled yet: each may hold a thread, and Messenger keeps the rest
+    pending: int = 1000        # replies that are not final yet: each may hold a thread, and Messenger keeps the rest
     calls: int = 300           # to Graph at a time, each with a file: at 1 s a call, its own limit of 300 a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
@@ -470,7 +470,10 @@ class Response(http.client.HTTPResponse):
 
 
 class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
-    """Opens http and https URLs over connections that it keeps open: urllib's http_open and https_open call do_open."""
+    """Opens http and https URLs over connections that it keeps open: urllib's http_open and https_open call do_open.
+
+    urllib itself would open a connection, with a TLS handshake, for each call.
+    """
 
     def __init__(self, limits: Limits, clock: Clock) -> None:
         super().__init__(context=ssl.create_default_context())  # once (20 ms, 1.5 MB), not for each connection
@@ -572,9 +575,7 @@ class Graph:
 class Outbox:
     """Sends the replies of a delivery: in the delivery's thread, and in one more for each reply after the first.
 
-    A reply is pending until it is settled (Graph has accepted it or has refused it permanently, or there was nothing to
-    say), is given up after a minute of temporary failures, or fails because `reply` raised.  Only settled ones are
-    remembered.
+    A reply is pending until its status is final: settled, given up, or failed.  Only settled ones are remembered.
     """
 
     def __init__(self, reply: ReplyFunction, graph: Optional[Graph], limits: Limits, clock: Clock, wait: Wait) -> None:
@@ -707,6 +708,9 @@ class Outbox:
 
 class Bot(http.server.ThreadingHTTPServer):
     """The webhook's server: each connection has a thread, and one deadline.
+
+    socketserver calls `get_request` and `process_request` in the accept loop, and then, in the thread, WebhookHandler's
+    `handle` and `finish`, and `close_request`.
 
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
     connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
@@ -1030,7 +1034,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
         bot.service_actions()
     log.info("stopping within %g s; a signal more than a second later ends it at once", bot.limits.drain)
     left = bot.drain()
-    log.log(logging.ERROR if left else logging.INFO, "stopped; replies that are not settled: %d", left)
+    log.log(logging.ERROR if left else logging.INFO, "stopped; replies still pending: %d", left)
     with contextlib.suppress(OSError):
         print(end="", flush=True)  # what `reply` has printed
     os._exit(1 if left else 0)  # Python itself would wait for threads that `reply` may have started

@@ -1632,7 +1632,7 @@ class Commands(BotTest):
                 hold.set()
             ended, _, log = process.end()
             self.assertEqual((status.get(timeout=WAIT), ended), expected)
-            self.assertIn("not settled: %d" % count, log)
+            self.assertIn("still pending: %d" % count, log)
 
     @posix
     def test_within_a_second_of_the_first_a_signal_does_nothing_and_later_it_ends_it_at_once(self):
