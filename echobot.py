@@ -96,7 +96,7 @@ HEAD_BYTES = 32 * 1024       # of all header lines together; Messenger and the h
 BODY_BYTES = 1024 * 1024     # of a delivery, or of one of Graph's answers; real ones are a few KiB
 LARGE_BYTES = 64 * 1024      # larger bodies wait for one of `Limits.large` slots
 STACK_BYTES = 2 * 1024 ** 2  # of a thread: with less, nested JSON crashes Python 3.13; the usual 8 MiB are not needed
-SPARE_FILES = 40             # open files left to the interpreter, the log, DNS lookups and `reply`: see `fit_file_limit`
+SPARE_FILES = 40             # open files left to the interpreter, the log, DNS and `reply`: see `fit_file_limit`
 TICK = 0.05                  # s between two looks at the clock: small compared with all deadlines
 
 
@@ -111,7 +111,7 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
-    graph_unused: float = 60.0  # that a connection to Graph may be idle and used again: then a NAT may have lost it
+    graph_unused: float = 60.0  # of idleness, after which a connection to Graph is not used again: a NAT may have lost it
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # a second signal within this counts as the first: Heroku may send SIGTERM twice
