@@ -111,7 +111,7 @@ class Limits(NamedTuple):
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
-    graph_unused: float = 60.0  # of idleness, after which a connection to Graph is not used again: a NAT may have lost it
+    graph_unused: float = 60.0  # of idleness, after which no connection to Graph is used again: a NAT may have lost it
     outage: float = 600.0      # of failure, after which Messenger gets 200: after an hour it would unsubscribe the bot
     drain: float = 25.0        # for what is under way after SIGTERM: Heroku kills after 30
     same_signal: float = 1.0   # a second signal within this counts as the first: Heroku may send SIGTERM twice
