@@ -306,8 +306,8 @@ def pieces(text: str) -> List[str]:
     while text:
         encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
         end = len(encoded[:2 * TEXT_UNITS].decode("utf-16-le", "ignore"))  # characters that fit; none is cut in two
-        half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))     # and into half of a message
         if end < len(text):
+            half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))  # and into half of a message
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
@@ -715,9 +715,9 @@ class Bot(http.server.ThreadingHTTPServer):
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
     connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
     nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
-    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states, for
-    a delivery in this order, and then again from the first.  Each lasts at most as long as the field of `Limits` with
-    its name, and "ended" as long as "request":
+    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states;
+    deliveries take it through the first four in turn.  Each lasts at most as long as the field of `Limits` with its
+    name, and "ended" as long as "request":
 
         request   a request is being read; at the deadline it is answered 408
         answer    a delivery is checked, its replies are sent; at the deadline it is answered 503; the thread goes on
@@ -1032,7 +1032,8 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever: a signal handler that ends it would wait for itself
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping within %g s; a signal more than a second later ends it at once", bot.limits.drain)
+    log.info("stopping within %g s; a signal more than %g s later ends it at once",
+             bot.limits.drain, bot.limits.same_signal)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies still pending: %d", left)
     with contextlib.suppress(OSError):

@@ -1252,10 +1252,9 @@ class Limits(BotTest):
     def test_a_delivery_that_is_whole_only_after_its_408_is_not_acted_on(self):
         clock = Clock()
         bot = self.start_bot(accept, clock=clock, limits={"large": 1})
-        body = json.dumps(delivery(message())).encode().ljust(70000)
         threads = _thread._count()
         with bot.large:
-            client = self.connect(bot, sized(body, *("%s: %s" % field for field in signed(body).items())))
+            client = self.connect(bot, signed_request(delivery(message("x" * 70000))))
             self.until(lambda: self.deadlines(bot, "request"))
             clock.advance(10)
             self.assertEqual([answer.status for answer in self.rest(client)], [408])
@@ -1660,7 +1659,7 @@ class Commands(BotTest):
         killed.set()
         statuses = {text: answer.get(timeout=WAIT) for text, answer in answers.items()}
         sent = set(graph.texts())
-        self.assertLessEqual({200, None}, set(statuses.values()))  # 503 too, on a slow machine
+        self.assertIn(set(statuses.values()), ({200, None}, {200, 503, None}))  # 503 too, on a slow machine
         self.assertEqual({text for text in payloads if statuses[text] == 200} - sent, set())
         second.until_logged()
         redelivered = {self.deliver(second, payloads[text]) for text in payloads if statuses[text] != 200}
