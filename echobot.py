@@ -715,15 +715,13 @@ class Bot(http.server.ThreadingHTTPServer):
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
     connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
     nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
-    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states;
-    deliveries take it through the first four in turn.  Each lasts at most as long as the field of `Limits` with its
-    name, and "ended" as long as "request":
+    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states, each
+    of which lasts at most as long as the field of `Limits` with its name:
 
         request   a request is being read; at the deadline it is answered 408
         answer    a delivery is checked, its replies are sent; at the deadline it is answered 503; the thread goes on
         linger    an answer is being written; after the last one, until the client has read it and closes
-        idle      nothing has come since the last answer
-        ended     the accept loop has ended it; at the deadline it is closed, unless its thread has closed it
+        idle      nothing has come since the last answer; at the deadline it is closed
     """
 
     request_queue_size = 1024  # connections that wait to be accepted; the default of 5 loses bursts
@@ -774,10 +772,10 @@ class Bot(http.server.ThreadingHTTPServer):
     def set_deadline(self, connection: socket.socket, state: str) -> bool:
         """Replace a connection's deadline with its next state's; return False if the connection was ended meanwhile."""
         with self.lock:
-            ended = self.deadlines.get(connection, (0, "ended"))[1] == "ended"
-            if not ended:
-                self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # the state's field
-            return not ended
+            if connection not in self.deadlines:
+                return False
+            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # the state's field
+            return True
 
     def service_actions(self) -> None:
         """End the connections whose deadline has passed; the accept loop calls this on each turn."""
@@ -799,10 +797,8 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
-        if state in ("answer", "ended"):  # its thread is sending replies, or has not closed it in time
+        if state == "answer":  # its thread is sending replies
             socket.close(connection.detach())  # `connection.close` would wait until the thread's rfile is closed
-        else:  # its thread, now awake, closes it; one that died as it started cannot: then this deadline does
-            self.deadlines[connection] = self.clock() + self.limits.request, "ended"
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and free its place."""
@@ -888,9 +884,10 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def wait_for_slot(self, before: int, after: int) -> None:
-        """Wait for one of `Limits.large` slots if a body becomes a large one, but no longer than for a request."""
+        """Wait for one of `Limits.large` slots if a body becomes a large one, until the request's deadline."""
         if before <= LARGE_BYTES < after:
-            require(self.server.large.acquire(timeout=self.server.limits.request), 408, "Too many large bodies.")
+            deadline, _ = self.server.deadlines.get(self.connection, (0.0, "ended"))
+            require(self.server.large.acquire(timeout=deadline - self.server.clock()), 408, "Too many large bodies.")
             self.large_slot.callback(self.server.large.release)
 
     def do_GET(self) -> None:
