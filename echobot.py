@@ -321,7 +321,7 @@ def inside_character(text: str, at: int) -> bool:
     if text[at] in FLAG_LETTERS:
         return (at - len(text[:at].rstrip(FLAG_LETTERS))) % 2 == 1  # an odd number of letters before it
     return bool(INSEPARABLE.match(text, at - 1) or EXTENDING.match(text, at)
-                or unicodedata.category(text[at]) in ("Mn", "Mc", "Me"))
+                or unicodedata.category(text[at]).startswith("M"))  # a mark, such as an accent
 
 
 # ---- HTTP: what http.client and http.server leave out --------------------------------------------------------------
@@ -487,8 +487,8 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         headers = dict(req.header_items())
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
-        for_proxy = {name: value for name, value in headers.items() if tunnel and name.startswith("Proxy-")}
-        fields = "".join(["%s: %s\r\n" % field for field in headers.items() if field[0] not in for_proxy])
+        for_proxy = {name: headers.pop(name) for name in list(headers) if tunnel and name.startswith("Proxy-")}
+        fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         key = req.type, req.host, tunnel
         connection = self.take(key)
