@@ -1104,7 +1104,7 @@ class Chat(socketserver.ThreadingTCPServer):
                             port=0, graph_url="http://127.0.0.1:%d/v26.0" % self.server_address[1])
         self.opener = make_opener(proxies={})
         bot = make_server(settings, CHAT_LIMITS, opener=self.opener)
-        self.secret, self.credentials = settings.app_secret, Graph(settings, self.opener, 0).credentials
+        self.secret, self.credentials = settings.app_secret, bot.outbox.graph.credentials
         self.url = "http://127.0.0.1:%d/webhook" % bot.server_port
         self.note = functools.partial(print, file=sys.stderr, flush=True)
         self.terminal = sys.stdin.isatty() and sys.stdout.isatty()
