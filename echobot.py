@@ -20,17 +20,19 @@ The life of a message:
  1. Messenger POSTs a delivery.  `Bot` gives each connection a thread, in which `WebhookHandler` reads the request.
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
- 4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries.
- 5. When all its replies are final, the delivery is answered with the highest status among them: 200 for one that is
-    settled (Graph has accepted it, or has refused it permanently, or there was nothing to say), 500 if `reply` raised,
-    503 if it was given up after a minute of failures.
- 6. If that takes longer than 4 s, the answer is 503: from the delivery's own thread if it only waits for others, else
-    from the accept loop, in the main thread, while the delivery's thread goes on sending.
- 7. After 503 or 500 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
-    starts afresh what was given up or what `reply` raised for; that then comes after the person's newer messages.
- 8. At most 1,000 replies are pending.  A delivery that would exceed this is answered 503 immediately, and so waits at
-    Messenger; what its people say meanwhile may be answered before it.  If nothing is pending, any size is accepted.
- 9. When every call has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
+ 4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries for a minute.
+ 5. The delivery is answered with the highest of these that applies:
+
+        200   its replies are settled: Graph has accepted or permanently refused each, or there was nothing to say
+        500   `reply` raised
+        503   a reply was given up after a minute of failures
+        503   one is still pending after 4 s; if the delivery's thread is sending then, the accept loop answers
+        503   more than 1,000 would be pending: none of the delivery is begun; if nothing is pending, any size is
+
+ 6. After 500 or 503 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
+    starts the rest afresh; that may come after the person's newer messages.
+
+When every call has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
 Nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently, `reply` keeps raising, the
 outage is long, or Messenger stops redelivering.  It is sent twice only if Graph accepted it but its answer was lost, or
