@@ -27,7 +27,7 @@ The life of a message:
         500   `reply` raised
         503   a reply was given up after a minute of failures
         503   one is still pending after 4 s; if the delivery's thread is sending then, the accept loop answers
-        503   more than 1,000 would be pending: none of the delivery is begun; if nothing is pending, any size is
+        503   more than 1,000 replies would be pending: none of these is begun, unless nothing else is pending
 
  6. After 500 or 503 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
     starts the rest afresh; that may come after the person's newer messages.
@@ -156,7 +156,7 @@ def settings_from(environ: Mapping[str, str]) -> Settings:
         if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":  # quotes get pasted along
             text = text[1:-1].strip()
         values[name] = text or str(default)
-    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # which is refused below
+    values["port"] = int(values["port"]) if re.fullmatch("[0-9]{1,5}", values["port"]) else -1  # refused below
     values["log_level"], values["graph_url"] = values["log_level"].upper(), values["graph_url"].rstrip("/")
     settings = Settings(**values)
     errors = list(settings_errors(settings))
@@ -298,8 +298,8 @@ def reply_to_event(page: str, event: Any) -> Optional[OwedReply]:
 
 
 FLAG_LETTERS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # a flag is two of them
-INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # a joiner, a line's end, a surrogate pair
-EXTENDING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiners, skin tones, flag tags
+INSEPARABLE = re.compile("\u200d|\r\n|[\ud800-\udbff][\udc00-\udfff]")  # joiner, CR LF, pair: no cut after the first
+EXTENDING = re.compile("[\u200c\u200d\U0001f3fb-\U0001f3ff\U000e0020-\U000e007f]")  # joiner, skin, tag: no cut before
 
 
 def pieces(text: str) -> List[str]:
@@ -309,7 +309,7 @@ def pieces(text: str) -> List[str]:
         encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
         end = len(encoded[:2 * TEXT_UNITS].decode("utf-16-le", "ignore"))  # characters that fit; none is cut in two
         if end < len(text):
-            half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))  # and into half of a message
+            half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))  # half a message: as many bytes as units
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
@@ -455,8 +455,8 @@ def parse_response(status: int, headers: Mapping[str, str], body: bytes) -> Dict
 class Response(http.client.HTTPResponse):
     """An answer that is read whole, with `status`, `headers` (by their names in lower case) and `body`.
 
-    Unlike http.client's, it leaves its buffer, `fp`, open after the answer: what comes then was not asked for, and
-    `KeepAliveHandler.take` must not take it for the next answer.
+    Unlike http.client's, it leaves its buffer, `fp`, open after the answer: what Graph sends beyond that stays in it,
+    where `KeepAliveHandler.take` looks, so that it is not read as the next answer.
     """
 
     def begin(self) -> None:
@@ -545,7 +545,7 @@ def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request
         return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
     except OSError:  # first, because a certificate error is a ValueError too
         raise
-    except (http.client.HTTPException, ValueError, OverflowError) as error:  # may quote a secret
+    except (http.client.HTTPException, ValueError, OverflowError) as error:  # may quote a secret; not RequestError
         raise OSError(error.args[1] if isinstance(error, RequestError) else type(error).__name__) from error
 
 
@@ -587,15 +587,15 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest reply to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # The outage, unlocked: the first (or None) and the last of the failures since Graph last accepted or refused a
-        # reply; after `outage` without a failure a new one begins
+        # The outage: the first (or None) and the last of the failures since Graph last accepted or refused a reply; after
+        # `outage` without a failure a new one begins.  Not locked: roughly right is enough
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # then a thread that only waits answers 503 itself
+        until = self.clock() + self.limits.answer  # if this thread is still sending then, the accept loop answers
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -605,7 +605,7 @@ class Outbox:
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503  # which `respond` turns into 200 in a long outage
-            for owed in new:  # under one lock: each waits only for older ones, and so never two for each other
+            for owed in new:  # all at once: each waits only for older ones, so no two wait for each other
                 self.pending[owed.key] = owed
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done

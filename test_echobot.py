@@ -1302,8 +1302,10 @@ class Limits(BotTest):
         bot.process_request = lambda connection, address: None
         client = self.connect(bot, LAST)
         self.until(lambda: bot.deadlines)
+        connection, = bot.deadlines
         clock.advance(10)
         self.assertEqual(([answer.status for answer in self.rest(client)], bot.deadlines), ([408], {}))
+        connection.close()  # as its last reference would, which the thread had
 
     def test_a_thread_that_dies_at_once_costs_no_reply(self):
         bot, own = self.start_bot(accept), []
