@@ -712,11 +712,11 @@ class Bot(http.server.ThreadingHTTPServer):
     """The webhook's server: each connection has a thread, and one deadline.
 
     socketserver calls `get_request` and `process_request` in the accept loop, and then, in the thread, WebhookHandler's
-    `handle` and `finish`, and `close_request`.
+    `handle`, and `close_request`.
 
     Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
-    connection, with an answer if one is owed; the thread learns of it when it sets the next deadline, and sends
-    nothing more.  So a request is answered once, by whichever comes first.  Socket timeouts would not do: they start
+    connection, with an answer if one is owed; when the thread sets the next deadline, that raises an OSError, and so it
+    sends nothing more.  A request is answered once, by whichever comes first.  Socket timeouts would not do: they start
     anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states, each
     of which lasts at most as long as the field of `Limits` with its name:
 
@@ -771,13 +771,12 @@ class Bot(http.server.ThreadingHTTPServer):
         """Start a connection's thread; not with Thread.start, which would wait forever if memory ran out."""
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
-    def set_deadline(self, connection: socket.socket, state: str) -> bool:
-        """Replace a connection's deadline with its next state's; return False if the connection was ended meanwhile."""
+    def set_deadline(self, connection: socket.socket, state: str) -> None:
+        """Replace a connection's deadline with its next state's; raise OSError if the accept loop has ended it."""
         with self.lock:
             if connection not in self.deadlines:
-                return False
+                raise ConnectionAbortedError
             self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # the state's field
-            return True
 
     def service_actions(self) -> None:
         """End the connections whose deadline has passed; the accept loop calls this on each turn."""
@@ -810,7 +809,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log why a connection is closed: for example, because no thread could be started."""
-        if not isinstance(sys.exc_info()[1], OSError):  # which says only that the client is gone
+        if not isinstance(sys.exc_info()[1], OSError):  # the client is gone, or `end` has ended the connection
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
     def drain(self) -> int:
@@ -831,17 +830,28 @@ METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "G
 
 
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
-    """Reads the requests of a connection and answers them, in its thread.
-
-    http.server's `handle` calls `handle_one_request` until `close_connection` is true; `finish` comes last.
-    """
+    """Reads a connection's requests and answers them, in its thread; any OSError ends that (see `Bot.handle_error`)."""
 
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
     rfile: Any
 
+    def handle(self) -> None:
+        """Answer a connection's requests until it is to be closed; `get_request` has set the first one's deadline."""
+        self.handle_one_request()
+        while not self.close_connection:
+            self.server.set_deadline(self.connection, "idle")
+            self.rfile.peek(1)  # waits for the next request's first byte
+            self.server.set_deadline(self.connection, "request")
+            self.handle_one_request()
+        self.server.set_deadline(self.connection, "linger")
+        self.connection.shutdown(socket.SHUT_WR)
+        # Until the client closes: closing with unread input would reset the connection, and lose the answer
+        while self.rfile.read1(64 * 1024):
+            pass
+
     def handle_one_request(self) -> None:
-        """Answer a request, whatever happens, and wait for the next; `get_request` has set the first one's deadline."""
+        """Read a request, and answer it, whatever happens."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
         with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
@@ -850,15 +860,12 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                     getattr(self, "do_" + self.command)()
             except RequestError as error:
                 self.send_error(*error.args)
-            except OSError:  # the client is gone
-                self.close_connection = True
+            except OSError:  # the client is gone, or the accept loop has answered
+                raise
             except Exception:
                 log.exception("a bug while answering a %s", self.command)
                 self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
-        if not self.close_connection:
-            another = self.server.set_deadline(self.connection, "idle") and self.rfile.peek(1)
-            self.close_connection = not (another and self.server.set_deadline(self.connection, "request"))
 
     def parse_request(self) -> bool:
         """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
@@ -905,8 +912,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Check and parse a delivery, and answer it when its replies are settled, or at the deadline."""
-        if not self.server.set_deadline(self.connection, "answer"):
-            return
+        self.server.set_deadline(self.connection, "answer")
         if self.server.settings.app_secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
@@ -918,8 +924,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def respond(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
         """Answer the request, in one write, unless it was answered at its deadline; log a refusal and its reason."""
-        if not self.server.set_deadline(self.connection, "linger"):  # from now on the accept loop does not answer
-            return
+        self.server.set_deadline(self.connection, "linger")  # from now on the accept loop does not answer
         if code == 503:
             code = self.server.outbox.unsettled_status()
         if code not in (200, 500, 503):  # without the path: a secret may be in it
@@ -933,15 +938,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(encode_answer(code, message, fields, head_only=self.command == "HEAD"))
 
     send_error = respond  # http.server's name for it, where a request is refused
-
-    def finish(self) -> None:
-        """Read until the client closes: closing with unread input would reset the connection, and lose the answer."""
-        if self.server.set_deadline(self.connection, "linger"):
-            with contextlib.suppress(OSError):
-                self.connection.shutdown(socket.SHUT_WR)
-                while self.rfile.read1(64 * 1024):
-                    pass
-        super().finish()
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
