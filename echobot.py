@@ -856,24 +856,24 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.command = "request"  # for the log, until it is known
         with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
             try:
-                if self.parse_request():
-                    getattr(self, "do_" + self.command)()
+                self.parse_request()
+                getattr(self, "do_" + self.command)()
             except RequestError as error:
-                self.send_error(*error.args)
+                self.respond(*error.args)
             except OSError:  # the client is gone, or the accept loop has answered
                 raise
             except Exception:
                 log.exception("a bug while answering a %s", self.command)
-                self.send_error(500)
+                self.respond(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
 
-    def parse_request(self) -> bool:
-        """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
+    def parse_request(self) -> None:
+        """Read a request, its body included; raise RequestError if it is refused, OSError if there is none."""
         line = self.rfile.readline(LINE_BYTES + 1)
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
         if not line:
-            return False
+            raise ConnectionAbortedError  # by the client, as it should
         require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
         match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
         self.command, target, minor = match.group(1), match.group(2), int(match.group(3))
@@ -890,7 +890,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not minor or "close" in self.fields.get("connection", "").lower()
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
-        return True
 
     def wait_for_slot(self, before: int, after: int) -> None:
         """Wait for one of `Limits.large` slots if a body becomes a large one, until the request's deadline."""
@@ -922,22 +921,22 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             log.warning("skipped %d malformed event(s) of a delivery; the first: %s", len(errors), errors[0])
         self.respond(self.server.outbox.settle(replies))
 
-    def respond(self, code: int, message: Optional[str] = None, explain: Optional[str] = None) -> None:
+    def respond(self, status: int, text: Optional[str] = None, reason: Optional[str] = None) -> None:
         """Answer the request, in one write, unless it was answered at its deadline; log a refusal and its reason."""
         self.server.set_deadline(self.connection, "linger")  # from now on the accept loop does not answer
-        if code == 503:
-            code = self.server.outbox.unsettled_status()
-        if code not in (200, 500, 503):  # without the path: a secret may be in it
-            log.log(logging.WARNING if code == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
-                    self.command, self.client_address[0], code, explain or message or TEXTS[code])
+        if status == 503:
+            status = self.server.outbox.unsettled_status()
+        if status not in (200, 500, 503):  # without the path: a secret may be in it
+            log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
+                    self.command, self.client_address[0], status, reason or text or TEXTS[status])
         # A 503 closes the connection, whether this thread sends it or the accept loop
-        self.close_connection = self.close_connection or self.server.stopping or code == 503
+        self.close_connection = self.close_connection or self.server.stopping or status == 503
         fields = CLOSE if self.close_connection else ""
-        if code == 405:
+        if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
-        self.wfile.write(encode_answer(code, message, fields, head_only=self.command == "HEAD"))
+        self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
 
-    send_error = respond  # http.server's name for it, where a request is refused
+    send_error = respond  # http.server's own answers in HTML
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
