@@ -758,17 +758,17 @@ class Bot(http.server.ThreadingHTTPServer):
                     if not idle:
                         raise OSError("too many connections")
                     self.end(min(idle, key=self.deadlines.__getitem__))  # its thread closes it, very soon
-            connection, address = super().get_request()
+            return super().get_request()
         except OSError as error:
             log.debug("cannot accept a connection: %s", error)
             time.sleep(TICK)  # or the loop would spin
             raise
-        with self.lock:
-            self.deadlines[connection] = self.clock() + self.limits.request, "request"
-        return connection, address
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Start a connection's thread; not with Thread.start, which would wait forever if memory ran out."""
+        """Set a connection's first deadline, and start its thread."""
+        with self.lock:
+            self.deadlines[request] = self.clock() + self.limits.request, "request"
+        # Thread.start would wait until it runs: forever, if memory runs out
         _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> None:
@@ -837,7 +837,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     rfile: Any
 
     def handle(self) -> None:
-        """Answer a connection's requests until it is to be closed; `get_request` has set the first one's deadline."""
+        """Answer a connection's requests until it is to be closed; `process_request` has set the first deadline."""
         self.handle_one_request()
         while not self.close_connection:
             self.server.set_deadline(self.connection, "idle")

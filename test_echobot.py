@@ -1299,7 +1299,7 @@ class Limits(BotTest):
     def test_a_thread_that_dies_at_once_costs_its_connection_and_nothing_more(self):
         clock = Clock()
         bot = self.start_bot(clock=clock)
-        bot.process_request = lambda connection, address: None
+        bot.process_request_thread = lambda connection, address: None
         client = self.connect(bot, LAST)
         self.until(lambda: bot.deadlines)
         connection, = bot.deadlines
