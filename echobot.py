@@ -371,10 +371,11 @@ def body_length(fields: Dict[str, str], minor: int) -> Optional[int]:
     return int(size)
 
 
-def read_body(file: Any, length: int, claim: Callable[[int, int], None] = lambda before, after: None) -> bytes:
-    """Return a body of `length` bytes, or CHUNKED; before each part claim(size so far, size with the part) may wait."""
+def read_body(file: Any, length: int, before_large: Callable[[], None] = lambda: None) -> bytes:
+    """Return a body of `length` bytes, or CHUNKED; call `before_large` before reading more than LARGE_BYTES of it."""
     if length != CHUNKED:
-        claim(0, length)
+        if length > LARGE_BYTES:
+            before_large()
         return read_exactly(file, length)
     body = bytearray()
     while True:
@@ -384,7 +385,8 @@ def read_body(file: Any, length: int, claim: Callable[[int, int], None] = lambda
             read_fields(file)  # trailer fields, which are ignored
             return bytes(body)
         require(len(body) + size <= BODY_BYTES, 413, TOO_LONG)
-        claim(len(body), len(body) + size)
+        if len(body) <= LARGE_BYTES < len(body) + size:
+            before_large()
         body += read_exactly(file, size)
         require(read_exactly(file, 2) == b"\r\n", 400, "A chunk is malformed.")
 
@@ -891,12 +893,11 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
 
-    def wait_for_slot(self, before: int, after: int) -> None:
-        """Wait for one of `Limits.large` slots if a body becomes a large one, until the request's deadline."""
-        if before <= LARGE_BYTES < after:
-            deadline, _ = self.server.deadlines.get(self.connection, (0.0, "ended"))
-            require(self.server.large.acquire(timeout=deadline - self.server.clock()), 408, "Too many large bodies.")
-            self.large_slot.callback(self.server.large.release)
+    def wait_for_slot(self) -> None:
+        """Wait for one of `Limits.large` slots, at most until the request's deadline."""
+        deadline, _ = self.server.deadlines.get(self.connection, (0.0, "ended"))
+        require(self.server.large.acquire(timeout=deadline - self.server.clock()), 408, "Too many large bodies.")
+        self.large_slot.callback(self.server.large.release)
 
     def do_GET(self) -> None:
         """Answer a health check, or the webhook verification with its challenge."""
