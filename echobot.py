@@ -723,7 +723,7 @@ class Bot(http.server.ThreadingHTTPServer):
     of which lasts at most as long as the field of `Limits` with its name:
 
         request   a request is being read; at the deadline it is answered 408
-        answer    a delivery is checked, its replies are sent; at the deadline it is answered 503; the thread goes on
+        answer    it is whole, its replies are being sent; at the deadline it is answered 503; the thread goes on
         linger    an answer is being written; after the last one, until the client has read it and closes
         idle      nothing has come since the last answer; at the deadline it is closed
     """
@@ -859,6 +859,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
             try:
                 self.parse_request()
+                self.server.set_deadline(self.connection, "answer")
                 getattr(self, "do_" + self.command)()
             except RequestError as error:
                 self.respond(*error.args)
@@ -912,7 +913,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         """Check and parse a delivery, and answer it when its replies are settled, or at the deadline."""
-        self.server.set_deadline(self.connection, "answer")
         if self.server.settings.app_secret:
             verify_signature(self.fields.get("x-hub-signature-256"), self.body, self.server.settings.app_secret)
         replies, errors = replies_owed(parse_object(self.body))
