@@ -858,9 +858,9 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.command = "request"  # for the log, until it is known
         with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
             try:
-                self.parse_request()
-                self.server.set_deadline(self.connection, "answer")
-                getattr(self, "do_" + self.command)()
+                if self.parse_request():
+                    self.server.set_deadline(self.connection, "answer")
+                    getattr(self, "do_" + self.command)()
             except RequestError as error:
                 self.respond(*error.args)
             except OSError:  # the client is gone, or the accept loop has answered
@@ -870,13 +870,13 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
                 self.respond(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
 
-    def parse_request(self) -> None:
-        """Read a request, its body included; raise RequestError if it is refused, OSError if there is none."""
+    def parse_request(self) -> bool:
+        """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
         line = self.rfile.readline(LINE_BYTES + 1)
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
         if not line:
-            raise ConnectionAbortedError  # by the client, as it should
+            return False
         require(len(line) <= LINE_BYTES, 414, "The request line is too long.")
         match = require(REQUEST_LINE.fullmatch(line.decode("latin-1")), 400, "The request line is malformed.")
         self.command, target, minor = match.group(1), match.group(2), int(match.group(3))
@@ -893,6 +893,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not minor or "close" in self.fields.get("connection", "").lower()
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
+        return True
 
     def wait_for_slot(self) -> None:
         """Wait for one of `Limits.large` slots, at most until the request's deadline."""
@@ -937,7 +938,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
 
-    send_error = respond  # http.server's own answers in HTML
+    send_error = respond  # type: ignore[assignment]  # http.server's own answers in HTML
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
