@@ -589,8 +589,8 @@ class Outbox:
         self.pending: Dict[bytes, OwedReply] = {}       # by key
         self.last: Dict[str, threading.Event] = {}      # `done` of the newest reply to each person, by the person's id
         self.settled: collections.OrderedDict[bytes, None] = collections.OrderedDict()
-        # The outage: the first (or None) and the last of the failures since Graph last accepted or refused a reply; after
-        # `outage` without a failure a new one begins.  Not locked: roughly right is enough
+        # The outage: the first (or None) and the last of the failures since Graph last accepted or refused a reply;
+        # after `outage` without a failure a new one begins.  Not locked: roughly right is enough
         self.failing_since: Optional[float] = None
         self.failed_at = 0.0
         self.calls = threading.BoundedSemaphore(limits.calls)
@@ -724,7 +724,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
         request   a request is being read; at the deadline it is answered 408
         answer    it is whole, its replies are being sent; at the deadline it is answered 503; the thread goes on
-        linger    an answer is being written; after the last one, until the client has read it and closes
+        linger    the client is given time to take an answer and, after the last one, to close
         idle      nothing has come since the last answer; at the deadline it is closed
     """
 
@@ -739,7 +739,7 @@ class Bot(http.server.ThreadingHTTPServer):
         super().__init__(address, WebhookHandler)  # type: ignore[arg-type]
         self.settings, self.limits, self.outbox, self.clock = settings, limits, outbox, clock
         self.large = threading.BoundedSemaphore(limits.large)
-        self.lock = threading.Lock()  # guards writes to `deadlines`, and the ending of a connection
+        self.lock = threading.Lock()  # held to change a deadline or to end a connection: so only one of the two happens
         self.deadlines: Dict[socket.socket, Tuple[float, str]] = {}  # each open connection's (deadline, state)
         self.stopping = False         # from then on idle connections are ended
 
@@ -759,7 +759,7 @@ class Bot(http.server.ThreadingHTTPServer):
                     idle = [each for each, (_, state) in self.deadlines.items() if state == "idle"]
                     if not idle:
                         raise OSError("too many connections")
-                    self.end(min(idle, key=self.deadlines.__getitem__))  # its thread closes it, very soon
+                    self.end(min(idle, key=self.deadlines.__getitem__))  # its thread wakes and closes it
             return super().get_request()
         except OSError as error:
             log.debug("cannot accept a connection: %s", error)
@@ -778,7 +778,7 @@ class Bot(http.server.ThreadingHTTPServer):
         with self.lock:
             if connection not in self.deadlines:
                 raise ConnectionAbortedError
-            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # the state's field
+            self.deadlines[connection] = self.clock() + getattr(self.limits, state), state  # a field of Limits
 
     def service_actions(self) -> None:
         """End the connections whose deadline has passed; the accept loop calls this on each turn."""
@@ -810,7 +810,7 @@ class Bot(http.server.ThreadingHTTPServer):
         request.close()  # only now: `end` must not find a closed one in `deadlines`
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log why a connection is closed: for example, because no thread could be started."""
+        """Log why a thread failed or could not be started; not an OSError, which is how a connection usually ends."""
         if not isinstance(sys.exc_info()[1], OSError):  # the client is gone, or `end` has ended the connection
             log.error("closed a connection without an answer: %r", sys.exc_info()[1])
 
@@ -856,7 +856,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Read a request, and answer it, whatever happens."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # holds a large body's slot; `do_POST` frees it early
+        with contextlib.ExitStack() as self.large_slot:  # a large body's, until here or until it is parsed
             try:
                 if self.parse_request():
                     self.server.set_deadline(self.connection, "answer")
@@ -897,7 +897,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def wait_for_slot(self) -> None:
         """Wait for one of `Limits.large` slots, at most until the request's deadline."""
-        deadline, _ = self.server.deadlines.get(self.connection, (0.0, "ended"))
+        deadline, _ = self.server.deadlines.get(self.connection, (0.0, ""))  # in the past, if it has been ended
         require(self.server.large.acquire(timeout=deadline - self.server.clock()), 408, "Too many large bodies.")
         self.large_slot.callback(self.server.large.release)
 
@@ -924,8 +924,8 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.respond(self.server.outbox.settle(replies))
 
     def respond(self, status: int, text: Optional[str] = None, reason: Optional[str] = None) -> None:
-        """Answer the request, in one write, unless it was answered at its deadline; log a refusal and its reason."""
-        self.server.set_deadline(self.connection, "linger")  # from now on the accept loop does not answer
+        """Answer the request, in one write; log a refusal, and its reason."""
+        self.server.set_deadline(self.connection, "linger")  # raises if the accept loop has answered; now it will not
         if status == 503:
             status = self.server.outbox.unsettled_status()
         if status not in (200, 500, 503):  # without the path: a secret may be in it
@@ -938,7 +938,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
 
-    send_error = respond  # type: ignore[assignment]  # http.server's own answers in HTML
+    send_error = respond  # type: ignore[assignment]  # http.server's own would answer in HTML
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
