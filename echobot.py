@@ -108,7 +108,7 @@ class Limits(NamedTuple):
     answer: float = 4.0        # for a delivery, once it is read: Messenger wants its answer within 5
     request: float = 10.0      # for a request to arrive whole, from accept or from its first byte: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
-    linger: float = 2.0        # for a client to take an answer; and again, after the last one, to close its side
+    linger: float = 2.0        # for a client to take an answer and, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
@@ -846,7 +846,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             self.rfile.peek(1)  # waits for the next request's first byte
             self.server.set_deadline(self.connection, "request")
             self.handle_one_request()
-        self.server.set_deadline(self.connection, "linger")
         self.connection.shutdown(socket.SHUT_WR)
         # Until the client closes: closing with unread input would reset the connection, and lose the answer
         while self.rfile.read1(64 * 1024):

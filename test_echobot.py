@@ -2,7 +2,6 @@
 
 The classes follow the design, part by part.  If you change `echobot.reply`, change `Words`, and nothing else.
 """
-import _thread
 import contextlib
 import functools
 import hashlib
@@ -982,9 +981,9 @@ def sized(body, *fields):
     return framed("Content-Length: %d" % len(body), *fields, body=body)
 
 
-def signed_request(payload):
+def signed_request(payload, *fields):
     body = json.dumps(payload).encode()
-    return sized(body, *("%s: %s" % field for field in signed(body).items()))
+    return sized(body, *fields, *("%s: %s" % field for field in signed(body).items()))
 
 
 def chunked(body, size):
@@ -1241,23 +1240,26 @@ class Limits(BotTest):
         self.assertEqual([answer.status for client in late for answer in self.rest(client)], [408, 408])
         hold.set()
 
-    def test_a_thread_does_not_wait_for_its_turn_with_a_large_body_when_its_time_is_over(self):
-        bot = self.start_bot(limits={"large": 1, "request": 0.05})
+    def test_a_large_body_waits_for_its_turn_until_its_requests_deadline(self):
+        clock = Clock()
+        bot = self.start_bot(clock=clock, limits={"large": 1, "request": 2 * WAIT})
         with bot.large:
-            threads = _thread._count()
-            self.assertEqual(self.statuses(bot, framed("Content-Length: %d" % MIB)), [408])
-            self.until(lambda: _thread._count() <= threads)
+            client = self.connect(bot)
+            self.until(lambda: self.deadlines(bot, "request"))
+            clock.advance(2 * WAIT - 0.05)
+            client.sendall(framed("Content-Length: %d" % MIB))
+            self.assertEqual([answer.text for answer in self.rest(client)], ["Too many large bodies."])
 
     def test_a_delivery_that_is_whole_only_after_its_408_is_not_acted_on(self):
         clock = Clock()
         bot = self.start_bot(accept, clock=clock, limits={"large": 1})
-        threads = _thread._count()
         with bot.large:
-            client = self.connect(bot, signed_request(delivery(message("x" * 70000))))
-            self.until(lambda: self.deadlines(bot, "request"))
+            client = self.connect(bot, signed_request(delivery(message("x" * 65536)), EXPECT))
+            self.assertEqual(self.one(client).status, 100)  # from now on its thread waits for a slot
+            connection, = bot.deadlines
             clock.advance(10)
             self.assertEqual([answer.status for answer in self.rest(client)], [408])
-        self.until(lambda: _thread._count() <= threads)
+        self.until(lambda: connection.fileno() == -1)
         self.assertTrue(bot.graph.calls.empty())
 
     def test_a_client_that_vanishes_leaves_its_place_and_no_trace(self):
