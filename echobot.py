@@ -21,13 +21,13 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries for a minute.
- 5. The delivery is answered with the highest of these that applies:
+ 5. The delivery is answered with the greatest of these numbers that applies:
 
         200   its replies are settled: Graph has accepted or permanently refused each, or there was nothing to say
         500   `reply` raised
         503   a reply was given up after a minute of failures
         503   one is still pending after 4 s; if the delivery's thread is sending then, the accept loop answers
-        503   more than 1,000 replies would be pending: none of these is begun, unless nothing else is pending
+        503   with these, more than 1,000 would be pending: none is begun (a delivery that comes alone always is)
 
  6. After 500 or 503 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
     starts the rest afresh; that may come after the person's newer messages.
@@ -109,7 +109,7 @@ class Limits(NamedTuple):
     request: float = 10.0      # for a request to arrive whole, from accept or from its first byte: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to take an answer and, after the last one, to close its side
-    graph: float = 20.0        # for each socket operation of a call; Graph usually takes 0.1 to 1
+    graph: float = 20.0        # for each socket operation of a call, not for all of it; a call usually takes 0.1 to 1
     retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
@@ -597,7 +597,7 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # if this thread is still sending then, the accept loop answers
+        until = self.clock() + self.limits.answer  # then the accept loop answers; a thread that only waits may end
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -716,11 +716,12 @@ class Bot(http.server.ThreadingHTTPServer):
     socketserver calls `get_request` and `process_request` in the accept loop, and then, in the thread, WebhookHandler's
     `handle`, and `close_request`.
 
-    Before each step the thread sets the next deadline (`set_deadline`).  When one has passed, the accept loop ends the
-    connection, with an answer if one is owed; when the thread sets the next deadline, that raises an OSError, and so it
-    sends nothing more.  A request is answered once, by whichever comes first.  Socket timeouts would not do: they start
-    anew with each byte, and the thread of a late delivery is not reading.  A connection is in one of these states, each
-    of which lasts at most as long as the field of `Limits` with its name:
+    Before each step, an answer included, the thread sets the next deadline (`set_deadline`).  When one has passed, the
+    accept loop removes the connection from `deadlines`, and ends it (`end`), with an answer if one is owed; the thread
+    gets an OSError when it sets the next, and sends nothing more.  So whichever comes first answers, and only that one.
+    Socket timeouts would not do: they start anew with each byte, and the thread of a late delivery is not reading.
+
+    A connection is in one of these states, each of which lasts at most as long as the field of `Limits` with its name:
 
         request   a request is being read; at the deadline it is answered 408
         answer    it is whole, its replies are being sent; at the deadline it is answered 503; the thread goes on
@@ -770,8 +771,7 @@ class Bot(http.server.ThreadingHTTPServer):
         """Set a connection's first deadline, and start its thread."""
         with self.lock:
             self.deadlines[request] = self.clock() + self.limits.request, "request"
-        # Thread.start would wait until it runs: forever, if memory runs out
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))  # as in `Outbox.send_all`
 
     def set_deadline(self, connection: socket.socket, state: str) -> None:
         """Replace a connection's deadline with its next state's; raise OSError if the accept loop has ended it."""
@@ -800,8 +800,8 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
-        if state == "answer":  # its thread is sending replies
-            socket.close(connection.detach())  # `connection.close` would wait until the thread's rfile is closed
+        if state == "answer":  # its thread is sending replies, perhaps for a minute
+            socket.close(connection.detach())  # frees the file; after `connection.close`, rfile would still have it
 
     def close_request(self, request: Any) -> None:
         """Close a connection, and free its place."""
@@ -855,7 +855,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         """Read a request, and answer it, whatever happens."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = "request"  # for the log, until it is known
-        with contextlib.ExitStack() as self.large_slot:  # a large body's, until here or until it is parsed
+        with contextlib.ExitStack() as self.large_slot:  # `wait_for_slot` takes it; `do_POST` or this returns it
             try:
                 if self.parse_request():
                     self.server.set_deadline(self.connection, "answer")
