@@ -25,8 +25,8 @@ The life of a message:
 
         200   its replies are settled: Graph has accepted or permanently refused each, or there was nothing to say
         500   `reply` raised
-        503   a reply was given up after a minute of failures
         503   one is still pending after 4 s; if the delivery's thread is sending then, the accept loop answers
+        503   one was given up, after a minute of failures; a redelivery may have waited for it
         503   with these, more than 1,000 would be pending: none is begun (a delivery that comes alone always is)
 
  6. After 500 or 503 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
@@ -110,7 +110,7 @@ class Limits(NamedTuple):
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to take an answer and, after the last one, to close its side
     graph: float = 20.0        # for each socket operation of a call, not for all of it; a call usually takes 0.1 to 1
-    retry: float = 60.0        # from a reply's first call until its last one; if Retry-After is longer, it is given up
+    retry: float = 60.0        # from a reply's first call; a failure after it, or a longer Retry-After, is final
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
     graph_unused: float = 60.0  # of idleness, after which no connection to Graph is used again: a NAT may have lost it
@@ -120,7 +120,7 @@ class Limits(NamedTuple):
     connections: int = 500     # at a time; one more ends the longest idle one, or if none is idle, it waits
     large: int = 16            # bodies above LARGE_BYTES at a time: each takes up to 1 MiB, and more once parsed
     pending: int = 1000        # replies that are not final yet: each may hold a thread, and Messenger keeps the rest
-    calls: int = 300           # to Graph at a time, each with a file: at 1 s a call, its own limit of 300 a second
+    calls: int = 300           # to Graph at a time, each with a file: at 1 s a call, Graph's own limit, 300 a second
     settled: int = 10_000      # replies remembered so that they are not sent again: half a minute's, at 300 a second
     graph_idle: int = 64       # connections to Graph, for each host or proxy, that are kept open while idle
 
@@ -309,7 +309,7 @@ def pieces(text: str) -> List[str]:
         encoded = text[:TEXT_UNITS].encode("utf-16-le", "replace")  # in two bytes for each code unit
         end = len(encoded[:2 * TEXT_UNITS].decode("utf-16-le", "ignore"))  # characters that fit; none is cut in two
         if end < len(text):
-            half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))  # half a message: as many bytes as units
+            half = len(encoded[:TEXT_UNITS].decode("utf-16-le", "ignore"))  # TEXT_UNITS bytes: half a message
             cuts = [at for at in range(1, end + 1) if not inside_character(text, at)] or [end]
             spaces = [at for at in cuts if at > half and text[at - 1].isspace()]
             end = (spaces or cuts)[-1]
@@ -547,7 +547,7 @@ def fetch(opener: urllib.request.OpenerDirector, request: urllib.request.Request
         return opener.open(request, timeout=timeout)  # type: ignore[no-any-return]
     except OSError:  # first, because a certificate error is a ValueError too
         raise
-    except (http.client.HTTPException, ValueError, OverflowError) as error:  # may quote a secret; not RequestError
+    except (http.client.HTTPException, ValueError, OverflowError) as error:  # their texts may quote a secret
         raise OSError(error.args[1] if isinstance(error, RequestError) else type(error).__name__) from error
 
 
@@ -597,7 +597,7 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # then the accept loop answers; a thread that only waits may end
+        until = self.clock() + self.limits.answer  # then this thread answers, or the accept loop if it still sends
         unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
@@ -627,7 +627,7 @@ class Outbox:
 
     def send_queued(self, queue: Deque[OwedReply]) -> None:
         """Take and send the next reply, the oldest first, until none is left."""
-        with contextlib.suppress(IndexError):
+        with contextlib.suppress(IndexError):  # `send` raises nothing
             while True:
                 self.send(queue.popleft())
 
@@ -837,6 +837,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
     server: Bot
     rfile: Any
+    raw_requestline: bytes
 
     def handle(self) -> None:
         """Answer a connection's requests until it is to be closed; `process_request` has set the first deadline."""
@@ -852,26 +853,24 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             pass
 
     def handle_one_request(self) -> None:
-        """Read a request, and answer it, whatever happens."""
+        """Answer a request, whatever happens; http.server's calls `parse_request`, and `do_GET` or `do_POST`."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
-        self.command = "request"  # for the log, until it is known
+        self.command = ""  # until it is known
         with contextlib.ExitStack() as self.large_slot:  # `wait_for_slot` takes it; `do_POST` or this returns it
             try:
-                if self.parse_request():
-                    self.server.set_deadline(self.connection, "answer")
-                    getattr(self, "do_" + self.command)()
+                super().handle_one_request()
             except RequestError as error:
-                self.respond(*error.args)
+                self.send_error(*error.args)  # or raises, if it is `end` that has cut the request off
             except OSError:  # the client is gone, or the accept loop has answered
                 raise
             except Exception:
-                log.exception("a bug while answering a %s", self.command)
-                self.respond(500)
+                log.exception("a bug while answering a request")
+                self.send_error(500)
         self.body = b""  # or an idle connection would keep up to 1 MiB
 
     def parse_request(self) -> bool:
         """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
-        line = self.rfile.readline(LINE_BYTES + 1)
+        line = self.raw_requestline
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
         if not line:
@@ -892,12 +891,14 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not minor or "close" in self.fields.get("connection", "").lower()
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
+        self.server.set_deadline(self.connection, "answer")
         return True
 
     def wait_for_slot(self) -> None:
         """Wait for one of `Limits.large` slots, at most until the request's deadline."""
         deadline, _ = self.server.deadlines.get(self.connection, (0.0, ""))  # in the past, if it has been ended
-        require(self.server.large.acquire(timeout=deadline - self.server.clock()), 408, "Too many large bodies.")
+        seconds = max(0.0, deadline - self.server.clock())
+        require(self.server.large.acquire(timeout=seconds), 408, "Too many large bodies.")
         self.large_slot.callback(self.server.large.release)
 
     def do_GET(self) -> None:
@@ -929,15 +930,15 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             status = self.server.outbox.unsettled_status()
         if status not in (200, 500, 503):  # without the path: a secret may be in it
             log.log(logging.WARNING if status == 403 else logging.INFO, "refused a %.20s from %s with %d: %s",
-                    self.command, self.client_address[0], status, reason or text or TEXTS[status])
-        # A 503 closes the connection, whether this thread sends it or the accept loop
+                    self.command or "request", self.client_address[0], status, reason or text or TEXTS[status])
+        # A 503 frees the connection's place, whether this thread sends it or the accept loop
         self.close_connection = self.close_connection or self.server.stopping or status == 503
         fields = CLOSE if self.close_connection else ""
         if status == 405:
             fields += "Allow: %s\r\n" % METHODS[self.path]
         self.wfile.write(encode_answer(status, text, fields, head_only=self.command == "HEAD"))
 
-    send_error = respond  # type: ignore[assignment]  # http.server's own would answer in HTML
+    send_error = respond  # type: ignore[assignment]  # http.server's name, for a refusal; its own would send HTML
 
 
 def make_server(settings: Settings, limits: Limits = Limits(), reply: ReplyFunction = reply,
