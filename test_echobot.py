@@ -1475,6 +1475,10 @@ class Commands(BotTest):
                 status, out, log = process.end()
                 self.assertEqual((status, out), (0, ""))
                 self.assertRegex(log, where + lines + stop + r"\Z")
+        process = Process("--host", "127.0.0.1", "--port", "0", LOG_LEVEL="warning")
+        process.until_logged("APP_SECRET")
+        process.terminate()
+        self.assertRegex("%d%s%s" % process.end(), r"\A0" + dry + open_to_all + r"\Z")
 
     def test_no_secret_and_no_text_is_printed_whatever_comes(self):
         def answer(call):
@@ -1522,7 +1526,8 @@ class Commands(BotTest):
 
     @posix
     def test_within_a_second_of_the_first_a_signal_does_nothing_and_later_it_ends_it_at_once(self):
-        process = Process.serving(code=LIMITED % "same_signal=0.1", PORT="0")
+        process = Process.serving(code=LIMITED % "same_signal=0.1, idle=0.1", PORT="0")
+        self.assertEqual(self.statuses(process, get("/healthz")), [200], "closed when it has been idle")
         self.connect(process, framed(EXPECT, "Content-Length: 1", body=b"")).recv(MIB)  # the rest would be waited for
         began = time.monotonic()
         while process.poll() is None:
@@ -1757,7 +1762,7 @@ class Check(BotTest):
             ("token .*status 200, and not from Graph: check GRAPH_URL", [(200, {}, b"<html>" + TOKEN.encode())]),
             ("subscription .*code 200.*permission is missing: check", [None, quoting(200)]),
             ("subscription .*: subscribe the app to messages", [None, {"data": []}]),
-            ("subscription .*: subscribe the app to messages", [None, {"data": [{}]}]))))
+            ("subscription .*: subscribe the app to messages", [None, {"data": [{"subscribed_fields": ["feed"]}]}]))))
 
     def test_what_is_wrong_with_a_deployed_bot_is_found(self):
         def url(path="/webhook", **settings):
