@@ -21,23 +21,24 @@ The life of a message:
  2. `verify_signature` checks that the delivery comes from Messenger, if APP_SECRET is set; only then is it parsed.
  3. `replies_owed` finds the events in it that are owed a reply.
  4. `Outbox` asks `reply` what to say and calls Graph, one person's messages in order, with retries for a minute.
- 5. The delivery is answered with the greatest of these numbers that applies:
+ 5. The delivery is answered with the highest of these status codes that applies:
 
         200   its replies are settled: Graph has accepted or permanently refused each, or there was nothing to say
         500   `reply` raised
-        503   one is still pending after 4 s; if the delivery's thread is sending then, the accept loop answers
+        503   one is still pending after 4 s; if the delivery's thread is sending then, the main thread answers
         503   one was given up, after a minute of failures; a redelivery may have waited for it
-        503   with these, more than 1,000 would be pending: none is begun (a delivery that comes alone always is)
+        503   with these, more than 1,000 would be pending: none is begun (all are, if nothing else is pending)
 
  6. After 500 or 503 Messenger redelivers.  A redelivery sends nothing that is settled, waits for what is pending, and
     starts the rest afresh; that may come after the person's newer messages.
 
 When every call has failed for 10 minutes, the answer is 200 instead of 503, and the replies may be lost.
 
-Nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently, `reply` keeps raising, the
-outage is long, or Messenger stops redelivering.  It is sent twice only if Graph accepted it but its answer was lost, or
-if its delivery is redelivered to another process, such as the restarted bot, or after 10,000 other replies.  A long
-text that was given up halfway starts again from its beginning.
+On SIGTERM the bot accepts no more and finishes what is under way, for up to 25 s.  What is left then, or after a crash,
+Messenger redelivers; nothing is kept on disk.  A reply is sent at least once, unless Graph refuses it permanently,
+`reply` keeps raising, the outage is long, or Messenger stops redelivering.  It is sent twice only if Graph accepted it
+but its answer was lost, or if its delivery is redelivered to another process, such as the restarted bot, or after
+10,000 other replies.  A long text that was given up halfway starts again from its beginning.
 """
 from __future__ import annotations  # needs Python 3.7 or newer
 
@@ -109,7 +110,7 @@ class Limits(NamedTuple):
     request: float = 10.0      # for a request to arrive whole, from accept or from its first byte: deliveries are small
     idle: float = 120.0        # between two requests: Heroku's router must be the one to close, after 90
     linger: float = 2.0        # for a client to take an answer and, after the last one, to close its side
-    graph: float = 20.0        # for each socket operation of a call, not for all of it; a call usually takes 0.1 to 1
+    graph: float = 20.0        # for each socket operation of a call, which takes 0.1 to 1; Graph is trusted not to drip
     retry: float = 60.0        # from a reply's first call; a failure after it, or a longer Retry-After, is final
     first_pause: float = 0.5   # before the second try; each further pause is twice as long
     longest_pause: float = 8.0  # between two tries: there are about a dozen in a minute
@@ -492,7 +493,7 @@ class KeepAliveHandler(urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
         tunnel: Optional[str] = req._tunnel_host  # type: ignore[attr-defined]
         # ProxyHandler adds Proxy-Authorization to the request's own fields, which a tunnel would carry to Graph
         for_proxy = {name: headers.pop(name) for name in list(headers) if tunnel and name.startswith("Proxy-")}
-        fields = "".join(["%s: %s\r\n" % field for field in headers.items()])
+        fields = "".join(["%s: %s\r\n" % field for field in headers.items()])  # urllib has added Host, Content-Length
         head = "%s %s HTTP/1.1\r\n%s\r\n" % (req.get_method(), req.selector or "/", fields)
         key = req.type, req.host, tunnel
         connection = self.take(key)
@@ -597,13 +598,13 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # then this thread answers, or the accept loop if it still sends
-        unsettled: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
+        until = self.clock() + self.limits.answer  # then it is answered: by the main thread, if this one still sends
+        awaited: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
                 if owed.key not in self.settled:
-                    unsettled.setdefault(owed.key, self.pending.get(owed.key, owed))
-            new = [owed for owed in unsettled.values() if owed.key not in self.pending]
+                    awaited.setdefault(owed.key, self.pending.get(owed.key, owed))
+            new = [owed for owed in awaited.values() if owed.key not in self.pending]
             # If nothing is pending, a delivery of any size is accepted: it would never fit otherwise
             if new and self.pending and len(self.pending) + len(new) > self.limits.pending:
                 return 503  # which `respond` turns into 200 in a long outage
@@ -612,9 +613,9 @@ class Outbox:
                 owed.previous = self.last.get(owed.recipient)
                 self.last[owed.recipient] = owed.done
         self.send_all(new)
-        for owed in unsettled.values():  # some are being sent by other threads: this delivery's, or an earlier one's
+        for owed in awaited.values():  # some are being sent by other threads: this delivery's, or an earlier one's
             self.wait(owed.done, until - self.clock())
-        return max([owed.status for owed in unsettled.values()], default=200)  # 503 outweighs 500, which outweighs 200
+        return max([owed.status for owed in awaited.values()], default=200)  # 503 outweighs 500, which outweighs 200
 
     def send_all(self, replies: Sequence[OwedReply]) -> None:
         """Send the replies, in this thread and in one more for each further reply, or in as many as can be started."""
@@ -626,7 +627,7 @@ class Outbox:
         self.send_queued(queue)
 
     def send_queued(self, queue: Deque[OwedReply]) -> None:
-        """Take and send the next reply, the oldest first, until none is left."""
+        """Take and send replies until none is left, oldest first: so what one waits for has been taken before it."""
         with contextlib.suppress(IndexError):  # `send` raises nothing
             while True:
                 self.send(queue.popleft())
@@ -701,7 +702,7 @@ class Outbox:
     def unsettled_status(self) -> int:
         """Log and return an unsettled delivery's status: 503, but 200 in a long outage, or Messenger unsubscribes."""
         since, last, outage = self.failing_since, self.failed_at, self.limits.outage
-        if since is not None and last - since >= outage and self.clock() - last <= outage:
+        if since is not None and last - since >= outage and self.clock() - last <= outage:  # silence is no failure
             log.error("answering 200 although replies are unsettled: Graph has failed for %d s", last - since)
             return 200
         log.info("answering 503, so that Messenger redelivers; replies pending: %d", len(self.pending))
@@ -725,7 +726,7 @@ class Bot(http.server.ThreadingHTTPServer):
 
         request   a request is being read; at the deadline it is answered 408
         answer    it is whole, its replies are being sent; at the deadline it is answered 503; the thread goes on
-        linger    the client is given time to take an answer and, after the last one, to close
+        linger    an answer is being written; after the last one, until the client closes
         idle      nothing has come since the last answer; at the deadline it is closed
     """
 
@@ -750,7 +751,7 @@ class Bot(http.server.ThreadingHTTPServer):
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self.server_address[0] != "::")
         socketserver.TCPServer.server_bind(self)
         self.server_port = self.server_address[1]
-        self.socket.settimeout(TICK)  # for handle_request and accept, so that deadlines are looked at in time
+        self.socket.settimeout(TICK)  # for handle_request and accept, so that deadlines are checked in time
 
     def get_request(self) -> Tuple[socket.socket, Any]:
         """Accept a connection; raise OSError, so that the loop goes on, if there is no place or no file for it."""
@@ -771,7 +772,8 @@ class Bot(http.server.ThreadingHTTPServer):
         """Set a connection's first deadline, and start its thread."""
         with self.lock:
             self.deadlines[request] = self.clock() + self.limits.request, "request"
-        _thread.start_new_thread(self.process_request_thread, (request, client_address))  # as in `Outbox.send_all`
+        # Thread.start would wait until it runs: forever, if memory runs out
+        _thread.start_new_thread(self.process_request_thread, (request, client_address))
 
     def set_deadline(self, connection: socket.socket, state: str) -> None:
         """Replace a connection's deadline with its next state's; raise OSError if the accept loop has ended it."""
@@ -800,7 +802,7 @@ class Bot(http.server.ThreadingHTTPServer):
                 connection.send(encode_answer(status))
         with contextlib.suppress(OSError):  # the client is gone
             connection.shutdown(socket.SHUT_RDWR)  # a thread that reads or writes wakes, and closes the connection
-        if state == "answer":  # its thread is sending replies, perhaps for a minute
+        if state == "answer":  # its thread, which is not using the socket, may be sending replies for a minute
             socket.close(connection.detach())  # frees the file; after `connection.close`, rfile would still have it
 
     def close_request(self, request: Any) -> None:
@@ -817,7 +819,7 @@ class Bot(http.server.ThreadingHTTPServer):
     def drain(self) -> int:
         """After the accept loop, finish what is under way, within the limit; return how many replies are left."""
         until = self.clock() + self.limits.drain
-        self.server_close()
+        self.server_close()  # the listening socket
         self.stopping = True
         while (self.deadlines or self.outbox.pending) and self.clock() < until:
             self.service_actions()
@@ -834,7 +836,7 @@ METHODS = {"/": "GET, HEAD, POST", "/webhook": "GET, HEAD, POST", "/healthz": "G
 class WebhookHandler(http.server.BaseHTTPRequestHandler):
     """Reads a connection's requests and answers them, in its thread; any OSError ends that (see `Bot.handle_error`)."""
 
-    disable_nagle_algorithm = True  # else an answer may wait 40 ms for an acknowledgement
+    disable_nagle_algorithm = True  # else an answer may wait 40 ms for the one before it to be acknowledged
     server: Bot
     rfile: Any
     raw_requestline: bytes
@@ -860,7 +862,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             try:
                 super().handle_one_request()
             except RequestError as error:
-                self.send_error(*error.args)  # or raises, if it is `end` that has cut the request off
+                self.send_error(*error.args)  # raises if it was `Bot.end` that has cut the request off
             except OSError:  # the client is gone, or the accept loop has answered
                 raise
             except Exception:
@@ -1001,7 +1003,7 @@ def serve(environ: Mapping[str, str]) -> int:
     threading.stack_size(STACK_BYTES)
     sys.setswitchinterval(0.02)  # s: after the usual 0.005, hundreds of threads would interrupt each other's requests
     with contextlib.suppress(AttributeError, OSError):  # only Linux has it
-        # Python's threads take turns, and handing over to another processor costs a third of the rate
+        # Because of the GIL threads take turns, and handing over to another processor costs a third of the rate
         os.sched_setaffinity(0, {random.choice(list(os.sched_getaffinity(0)))})
     return run_until_signal(bot)
 
@@ -1025,7 +1027,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
         log.warning("dry run: replies are logged, not sent, until PAGE_ACCESS_TOKEN is set")
     if not bot.settings.app_secret:
         log.warning("anybody can post deliveries until APP_SECRET is set")
-    while not signals:  # not serve_forever: a signal handler that ends it would wait for itself
+    while not signals:  # not serve_forever: `shutdown`, called by a signal handler, would deadlock
         bot.handle_request()
         bot.service_actions()
     log.info("stopping within %g s; a signal more than %g s later ends it at once",
