@@ -425,7 +425,7 @@ MEANINGS: Dict[Any, str] = {
     1545041: "the person's last message is over 24 hours old: wait for the next one",
     551: "the person is not available: there is nothing to do",
     **dict.fromkeys((102, 190), "the token is wrong, has expired or was revoked: generate a new PAGE_ACCESS_TOKEN"),
-    **dict.fromkeys(DOWN, "Graph is down, or cannot reach the person for now: there is nothing to do"),
+    **dict.fromkeys(DOWN, "Graph is down, or cannot reach the person, for now: wait"),
     **dict.fromkeys(TOO_FAST, "too many calls, or too fast: send fewer messages"),
     **dict.fromkeys(range(200, 300), "a permission is missing: check the app's permissions and the page's tasks"),
 }
@@ -996,7 +996,7 @@ def serve(environ: Mapping[str, str]) -> int:
         print(*("echobot: " + line for line in error.args), sep="\n", file=sys.stderr)
         return 2
     except (OSError, UnicodeError) as error:
-        print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, and PORT to a free port "
+        print("echobot: cannot listen on %s port %d (%s): set HOST to an address of this host, or PORT to a free port "
               "above 1023" % (printable(settings.host), settings.port, error), file=sys.stderr)
         return 1
     log.setLevel(settings.log_level)
@@ -1030,7 +1030,7 @@ def run_until_signal(bot: Bot) -> NoReturn:
     while not signals:  # not serve_forever: `shutdown`, called by a signal handler, would deadlock
         bot.handle_request()
         bot.service_actions()
-    log.info("stopping within %g s; a signal more than %g s later ends it at once",
+    log.info("stopping within %g s; another signal, more than %g s from now, ends the bot at once",
              bot.limits.drain, bot.limits.same_signal)
     left = bot.drain()
     log.log(logging.ERROR if left else logging.INFO, "stopped; replies still pending: %d", left)
@@ -1213,7 +1213,7 @@ def findings(environ: Mapping[str, str], url: Optional[str], opener: urllib.requ
            "APP_SECRET is not set: set it to the app's secret, here as for the live bot, or anybody can post to it")
     if settings.page_access_token:
         yield from graph_findings(Graph(settings, opener, timeout))
-    if url and not URL.fullmatch(url):
+    if url is not None and not URL.fullmatch(url):
         yield False, "URL", "", "not a plain http or https URL: give one like https://example.com/webhook"
     elif url:
         try:
@@ -1247,7 +1247,7 @@ def webhook_findings(settings: Settings, url: str, opener: urllib.request.Opener
         return response.status, response.body.decode("utf-8", "replace")
 
     yield (url.startswith("https:"), "URL", url,
-           "the URL is not https, and Messenger calls nothing else: put a proxy with a certificate in front")
+           "not https, and Messenger calls nothing else: give its https URL; it needs a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
     echobot = (status, text) in ((200, query["hub.challenge"]), WRONG_TOKEN)
@@ -1256,7 +1256,7 @@ def webhook_findings(settings: Settings, url: str, opener: urllib.request.Opener
            "status %d, not the challenge: check the address, which ends in /webhook, and that the bot runs" % status)
     if not echobot:
         return
-    yield (ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "other token",
+    yield (ask({**query, "hub.verify_token": settings.verify_token + "?"})[0] == 403, "wrong token",
            "a different verify token is refused", "any verify token is accepted: echobot is not at this address")
     if settings.app_secret:
         status, _ = ask(None, **{"X-Hub-Signature-256": sign(EMPTY, settings.app_secret)})

@@ -1749,7 +1749,7 @@ class Check(BotTest):
             ("APP_SECRET is not set.*: set it", {"APP_SECRET": "", "ALLOW_UNSIGNED": ' "1"'}),
             *(("PAGE_ACCESS_TOKEN is set without APP_SECRET.*: set APP_SECRET.*ALLOW_UNSIGNED=1",
                {"APP_SECRET": ' "" ', "ALLOW_UNSIGNED": allowed}) for allowed in ("", "0")),
-            ("URL .*: give one like https://", {"url": "bot.example"}),
+            ("URL .*: give one like https://", {"url": ""}), ("URL .*: give one like https://", {"url": "bot.example"}),
             ("URL .*: give one like https://", {"url": "https://bot.example/?a=b"}))
 
     def test_what_graph_says_against_the_token_or_the_subscription_is_found(self):
@@ -1773,7 +1773,7 @@ class Check(BotTest):
 
         status, lines = self.check(**url())
         self.assertEqual((status, [line[:4] for line in lines[4:]]), (1, ["FAIL"] + 4 * ["ok  "]))
-        self.assertRegex(lines[4], "URL .*not https.*: put a proxy with a certificate in front")
+        self.assertRegex(lines[4], "URL .*not https.*: give its https URL.* proxy with a certificate")
         self.assert_found(("verification .*status 404.*: check the address", url("/elsewhere")),
                           ("verification .*different VERIFY_TOKEN: use the same", url(verify_token="another")),
                           ("signed .*different APP_SECRET, use the same", url(app_secret="another")),
@@ -1782,7 +1782,7 @@ class Check(BotTest):
                           ("verification .*status 403, not the challenge", other(403, {}, b"Blocked")),
                           ("verification .*status 302", other(302, {"Location": self.graph.url}, b"")))
         _, lines = self.check(**other(200, {}, b"1158201444"))
-        self.assertRegex("\n".join(lines), "(?s)FAIL  other token .*echobot is not at this address.*FAIL  unsigned ")
+        self.assertRegex("\n".join(lines), "(?s)FAIL  wrong token .*echobot is not at this address.*FAIL  unsigned ")
 
     def test_what_does_not_answer_is_found_within_the_time_out(self):
         with socket.socket() as closed, socket.socket() as silent:
