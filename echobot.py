@@ -1246,8 +1246,8 @@ def webhook_findings(settings: Settings, url: str, opener: urllib.request.Opener
         response = fetch(opener, urllib.request.Request(target, None if query else EMPTY, fields), timeout)
         return response.status, response.body.decode("utf-8", "replace")
 
-    yield (url.startswith("https:"), "URL", url,
-           "not https, and Messenger calls nothing else: give its https URL; it needs a proxy with a certificate in front")
+    yield (url.startswith("https:"), "URL", url, "not https, and Messenger calls nothing else: give the https URL, "
+           "or put a proxy with a certificate in front")
     query = {"hub.mode": "subscribe", "hub.challenge": "1158201444", "hub.verify_token": settings.verify_token}
     status, text = ask(query)
     echobot = (status, text) in ((200, query["hub.challenge"]), WRONG_TOKEN)

@@ -1773,7 +1773,7 @@ class Check(BotTest):
 
         status, lines = self.check(**url())
         self.assertEqual((status, [line[:4] for line in lines[4:]]), (1, ["FAIL"] + 4 * ["ok  "]))
-        self.assertRegex(lines[4], "URL .*not https.*: give its https URL.* proxy with a certificate")
+        self.assertRegex(lines[4], "URL .*not https.*: give the https URL.* proxy with a certificate")
         self.assert_found(("verification .*status 404.*: check the address", url("/elsewhere")),
                           ("verification .*different VERIFY_TOKEN: use the same", url(verify_token="another")),
                           ("signed .*different APP_SECRET, use the same", url(app_secret="another")),
