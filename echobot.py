@@ -598,7 +598,7 @@ class Outbox:
 
     def settle(self, replies: Sequence[OwedReply]) -> int:
         """Send the new replies, wait for all until the deadline; return the delivery's status: 200, 500 or 503."""
-        until = self.clock() + self.limits.answer  # then it is answered: by the main thread, if this one still sends
+        until = self.clock() + self.limits.answer  # then it is answered: by the main thread, if this one is sending
         awaited: Dict[bytes, OwedReply] = {}  # by key; the pending one, if an earlier delivery owes the same
         with self.lock:
             for owed in replies:
