@@ -839,7 +839,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
     disable_nagle_algorithm = True  # else an answer may wait 40 ms for the one before it to be acknowledged
     server: Bot
     rfile: Any
-    raw_requestline: bytes
 
     def handle(self) -> None:
         """Answer a connection's requests until it is to be closed; `process_request` has set the first deadline."""
@@ -855,12 +854,14 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             pass
 
     def handle_one_request(self) -> None:
-        """Answer a request, whatever happens; http.server's calls `parse_request`, and `do_GET` or `do_POST`."""
+        """Read a request and answer it, whatever happens; http.server's would read 64 KiB of a line before refusing it."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = ""  # until it is known
         with contextlib.ExitStack() as self.large_slot:  # `wait_for_slot` takes it; `do_POST` or this returns it
             try:
-                super().handle_one_request()
+                if self.parse_request():
+                    self.server.set_deadline(self.connection, "answer")
+                    getattr(self, "do_" + self.command)()
             except RequestError as error:
                 self.send_error(*error.args)  # raises if it was `Bot.end` that has cut the request off
             except OSError:  # the client is gone, or the accept loop has answered
@@ -872,7 +873,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
 
     def parse_request(self) -> bool:
         """Read a request, its body included; return whether there is one; raise RequestError if it is refused."""
-        line = self.raw_requestline
+        line = self.rfile.readline(LINE_BYTES + 1)
         if line in (b"\r\n", b"\n"):  # which some clients send after a body
             line = self.rfile.readline(LINE_BYTES + 1)
         if not line:
@@ -893,7 +894,6 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not minor or "close" in self.fields.get("connection", "").lower()
         require(self.path in METHODS, 404, "There is nothing here: the callback path is /webhook.")
         require(self.command in METHODS[self.path].split(", "), 405, "This method does nothing here.")
-        self.server.set_deadline(self.connection, "answer")
         return True
 
     def wait_for_slot(self) -> None:

@@ -953,6 +953,7 @@ class Wire(BotTest):
             with self.subTest(why, status=status):
                 answer, *others = self.answers(bot, request + SMUGGLED)
                 self.assertEqual((answer.status, answer.fields.get("Connection"), others), (status, "close", []))
+        self.assertEqual(self.statuses(bot, 9000 * b"x"), [414], "without waiting for the line's end")
 
     def test_an_answer_is_plain_text_that_no_browser_sniffs_and_names_no_server(self):
         for answer in self.answers(self.start_bot(), say("<b>") + get("/<b>") + LAST):
