@@ -854,7 +854,7 @@ class WebhookHandler(http.server.BaseHTTPRequestHandler):
             pass
 
     def handle_one_request(self) -> None:
-        """Read a request and answer it, whatever happens; http.server's would read 64 KiB of a line before refusing it."""
+        """Answer a request, whatever happens; http.server's would read 64 KiB of its first line before refusing it."""
         self.close_connection = True  # until the request is read whole, it is unknown where it ends
         self.command = ""  # until it is known
         with contextlib.ExitStack() as self.large_slot:  # `wait_for_slot` takes it; `do_POST` or this returns it
